@@ -1,0 +1,63 @@
+# `make demo` and `make test` do all the set-up themselves; they need a Python 3.10-3.12 and nothing else.
+# Another Python: `make test PYTHON=/path/to/python3.12`
+
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.10 python3)
+# Every worker imports PyTorch, so memory rather than cores is the limit.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+
+.PHONY: help demo test check hooks clean
+
+help:
+	@echo 'make demo   install into .venv and run PartAL beside random picks on the embedded rooms (minutes on a CPU)'
+	@echo 'make test   install the development tools too; library equals notebooks, notebooks run, tests pass'
+	@echo 'make check  only the first part: library equals notebooks, notebooks clean'
+	@echo 'make hooks  let git run `make check` before every commit'
+	@echo 'make clean  remove .venv and what was built or cached here; runs/ stays'
+
+demo: .venv/.run
+	@partal run --preset demo --strategy partal --against random --seed 0 --out runs/demo
+
+test: check
+	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing --skip_folder_re '^[_.]|^runs$$'
+	@pytest tests
+
+# nbdev turns its own errors into warnings, so what counts is whether git sees a difference.
+check: .venv/.dev
+	nbdev_export
+	nbdev_clean
+	@new=$$(git ls-files --others --exclude-standard -- nbs partal_nb); \
+	if ! git --no-pager diff --exit-code --stat -- nbs partal_nb || [ -n "$$new" ]; then \
+		[ -z "$$new" ] || printf 'not in git: %s\n' $$new; \
+		echo 'make check: nbs/ or partal_nb/ differs from what git has staged or committed.'; \
+		echo 'Export and clean have just been run, so the files here agree with each other now: look at the difference,'; \
+		echo '`git add nbs partal_nb` if it is what you meant, and run this again.'; \
+		exit 1; \
+	fi >&2
+
+hooks:
+	git config core.hooksPath .githooks
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache
+	find partal_nb tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.made:
+	@cure='set PYTHON=/path/to/python'; \
+	for p in $(PYTHONS); do \
+		"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 || continue; \
+		"$$p" -c 'import ensurepip' >/dev/null 2>&1 || { cure="$$p lacks its venv module: apt-get install python3-venv"; continue; }; \
+		echo "making .venv with $$p ($$("$$p" --version))"; \
+		"$$p" -m venv .venv && touch $@; exit; \
+	done; \
+	echo "make: no Python 3.10-3.12 that works among: $(PYTHONS); $$cure" >&2; exit 1
+
+.venv/.run: settings.ini setup.py | .venv/.made
+	pip install --editable .
+	@touch $@
+
+.venv/.dev: settings.ini setup.py | .venv/.run
+	pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,15 @@
+"What several tests share"
+import os
+from pathlib import Path
+
+import pytest
+
+@pytest.fixture(scope='session')
+def shared()->Path:
+    "The folder of real sample data; it can not be redistributed, so it lies beside the repository or where `PARTAL_SHARED` says"
+    folder = Path(os.environ.get('PARTAL_SHARED') or Path(__file__).parents[2]/'shared'/'data')
+    if folder.is_dir(): return folder
+    why = f"no sample data at {folder}; set PARTAL_SHARED to the folder that has it"
+    public = 'GITHUB_ACTIONS' in os.environ
+    if os.environ.get('CI') == 'true' and not public: pytest.fail(why)
+    pytest.skip(why)

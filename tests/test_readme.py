@@ -1,0 +1,79 @@
+"""What README.md shows works: its Python runs, its commands exist with the options that are shown
+
+A shell block marked ```bash run is executed as it stands. In any other a line must be a `make` target, a `partal` command or one of `PLAIN`,
+and nothing is executed but `make -n` and `--help`, since a demo takes minutes.
+"""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from partal_nb.core import preset, standard_task
+
+ROOT = Path(__file__).parents[1]
+PLAIN = {'git', 'cd', '.'}
+ENV = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", COLUMNS='200', TERM='dumb', NO_COLOR='1')
+
+def blocks(text): return [tuple(m) for m in re.findall(r'^```(\w+)([^\n]*)\n(.*?)^```$', text, re.M | re.S)]
+
+def sh(*command, cwd=ROOT): return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=600)
+
+def faults(line):
+    "What is wrong with one line of a shell block"
+    words = shlex.split(line, comments=True)
+    if not words or words[0] in PLAIN: return
+    if words[0] == 'make':
+        for target in words[1:]:
+            if '=' not in target and (r := sh('make', '-n', target)).returncode: yield f'{line}: {r.stderr.strip()}'
+    elif words[0] == 'partal':
+        parts = list(iter_commands(words[1:]))
+        r = sh('partal', *parts, '--help')
+        if r.returncode: yield f'{line}: {r.stderr.strip()}'
+        for option in (w.split('=')[0] for w in words if w.startswith('-')):
+            if not re.search(rf'(?<!\S){re.escape(option)}(?![\w-])', r.stdout): yield f'{line}: `partal {" ".join(parts)}` has no option {option}'
+    else: yield f'{line}: nobody checks {words[0]!r}'
+
+def iter_commands(words):
+    "The sub-command words before the first option"
+    for w in words:
+        if w.startswith('-'): return
+        yield w
+
+README = blocks((ROOT/'README.md').read_text('utf-8'))
+LINES = [l for kind, mark, body in README if kind == 'bash' and 'run' not in mark.split() for l in body.splitlines() if l.strip()]
+
+@pytest.mark.parametrize('line', LINES)
+def test_shell_line(line): assert not list(faults(line))
+
+@pytest.mark.parametrize('body', [body for kind, mark, body in README if kind == 'bash' and 'run' in mark.split()])
+def test_shell_block(body, tmp_path):
+    r = sh('bash', '-euo', 'pipefail', '-c', body, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+
+def made_up_run(folder, strategy, rmse):
+    "A run folder with made-up numbers, as far as reports read it"
+    folder.mkdir(parents=True)
+    task = standard_task('depth')
+    about = dict(config=asdict(preset('demo', strategy=strategy)), data=dict(name='made up'), tasks=[asdict(task)])
+    (folder/'config.json').write_text(json.dumps(about))
+    line = dict(round=0, labels=dict(depth=12), bought={}, cost=12., metrics=dict(depth=dict(rmse=rmse)), seconds=dict(train=1.))
+    (folder/'journal.jsonl').write_text(json.dumps(line) + '\n')
+
+def test_python(tmp_path):
+    for i, strategy in enumerate(('partal', 'random')): made_up_run(tmp_path/'runs/demo'/strategy, strategy, 1. + i)
+    (tmp_path/'readme.py').write_text('\n'.join(body for kind, _, body in README if kind == 'python'))
+    r = sh(sys.executable, 'readme.py', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+
+def test_there_is_something_to_check():
+    assert len(LINES) >= 3 and sum(kind == 'python' for kind, *_ in README) >= 2
+
+@pytest.mark.parametrize('line,says', [('make tset', "No rule to make target 'tset'"), ('curl x', "nobody checks 'curl'"),
+                                       ('partal run --sed 0', 'has no option --sed'), ('partal rnu', 'rnu')])
+def test_a_planted_fault_is_found(line, says): assert says in next(faults(line))
