@@ -93,7 +93,7 @@ def execute(
     os.replace(part, done)
     return done
 
-# %% ../nbs/90_cli.ipynb #bf6e7b5e
+# %% ../nbs/90_cli.ipynb #1c4eb80c
 @app.command()
 def run(
     out:Annotated[Path, typer.Option(help="The run folder. The same command again goes on with an unfinished run.")],
@@ -104,6 +104,7 @@ def run(
     data:Annotated[str, typer.Option(help="Folder of a data set, or `rooms`; empty: the preset's.")]='',
     kernel:Annotated[str, typer.Option('-k', '--kernel', help="Jupyter kernel to run in, e.g. one of `partal kernel install`.")]='',
     changes:Changes=None,
+    pictures:Annotated[bool, typer.Option(help="Show images of the data set in the executed notebook.")]=True,
 ):
     "Make a whole active-learning run as an executed notebook."
     from partal_nb.journal import is_finished
@@ -114,7 +115,7 @@ def run(
         else:
             os.environ['PARTAL_COMMAND'] = shlex.join(['partal', *sys.argv[1:]])
             execute('al_run', out, dict(preset=preset_name, strategy=strategy, against=against, seed=seed, data=data, out=str(out),
-                                        changes=changed), kernel)
+                                        changes=changed, pictures=pictures), kernel)
         typer.echo(out)
 
 # %% ../nbs/90_cli.ipynb #e3ab6af7

@@ -66,7 +66,7 @@ def _check_task(t:Task):
         raise ValueError(f"task {t.name!r}: {len(t.classes)} class names for {t.channels} channels")
     if t.channels < 1 or t.weight <= 0 or t.cost < 0: raise ValueError(f"task {t.name!r}: channels >= 1, weight > 0, cost >= 0")
 
-# %% ../nbs/00_core.ipynb #46184e54
+# %% ../nbs/00_core.ipynb #07924bdc
 PARTS = ('background', 'head', 'torso', 'upper arms', 'lower arms', 'upper legs', 'lower legs')
 
 def semseg_task(
@@ -84,7 +84,7 @@ def standard_task(
 )->Task:
     "A modality of the paper with the protocol's loss, weight and metric"
     known = dict(
-        depth=dict(kind='regression', channels=1, loss='l1', metric='rmse', unit='m', ignore=0, cmap='cividis'),
+        depth=dict(kind='regression', channels=1, loss='l1', metric='rmse', unit='m', ignore=0, cmap='magma'),
         normals=dict(kind='regression', channels=3, loss='l1_unit', metric='angle', unit='°', ignore=0, weight=10),
         edges=dict(kind='binary', channels=1, loss='edge_bce', metric='max_iou', weight=50, cmap='gray'),
         saliency=dict(kind='binary', channels=1, loss='balanced_bce', metric='max_iou', weight=5, cmap='gray'),
@@ -187,10 +187,10 @@ def _check_config(c:RunConfig):
         if not 0 <= getattr(c, k) < 1: raise ValueError(f"config {k}: expected a share in [0, 1), got {getattr(c, k)}")
     if repeated := [t for t in set(c.tasks) if c.tasks.count(t) > 1]: raise ValueError(f"config tasks: {repeated} named twice")
 
-# %% ../nbs/00_core.ipynb #3d12aba0
+# %% ../nbs/00_core.ipynb #18165950
 PRESETS = dict(
-    demo=dict(pool_images=120, test_images=40, height=64, width=96, start_images=12, step_pairs=36, rounds=2, features=32, train_by='looks',
-              train_for=90, lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')),
+    demo=dict(pool_images=120, test_images=40, start_images=12, step_pairs=36, rounds=2, features=32, train_by='looks', train_for=90,
+              lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')),
     rooms=dict(pool_images=600, test_images=200, start_images=40, step_pairs=200, rounds=5, features=32, train_by='looks', train_for=400, lr=5e-4,
                augment='flip', tasks=('semseg', 'depth', 'normals', 'edges', 'parts')),
     nyuv2_small=dict(data='', height=144, width=192, tasks=('semseg', 'depth', 'normals'), features=48, lr=1e-3, train_for=30),

@@ -22,8 +22,8 @@ from .loop import load_model, read_scores
 from .model.padnet import PADNet, activate
 from .uncertainty.score import entropy_maps
 
-# %% ../nbs/65_look.ipynb #6ca9a6e4
-DEPTH_RANGE = (0, 10) # m, of every depth picture
+# %% ../nbs/65_look.ipynb #50ad3d48
+DEPTH_RANGE = (.7, 10) # m, of every depth picture
 
 def paint(
     task:Task,      # what it is a label of
@@ -38,7 +38,7 @@ def paint(
     else:
         v = y[..., 0].astype(float)
         if task.kind == 'categorical': v = (v % 20 + .5)/20 if task.cmap == 'tab20' else (v % 10 + .5)/10
-        if task.name == 'depth': v = (v - DEPTH_RANGE[0])/(DEPTH_RANGE[1] - DEPTH_RANGE[0])
+        if task.name == 'depth': v = np.log(np.maximum(v, .1)/DEPTH_RANGE[0])/np.log(DEPTH_RANGE[1]/DEPTH_RANGE[0])
         color = matplotlib.colormaps[task.cmap](np.clip(v, 0, 1))[..., :3]
     return np.where(void[..., None], 0, np.clip(color, 0, 1)*255).round().astype(np.uint8)
 
@@ -54,13 +54,13 @@ def as_label(
     if task.kind == 'categorical': y = y.argmax(0, keepdim=True)
     return y.movedim(0, -1).cpu().numpy()
 
-# %% ../nbs/65_look.ipynb #03bc444e
+# %% ../nbs/65_look.ipynb #a9fcd2b0
 def prediction_panel(
     model:PADNet,    # trained network
     arrays:Arrays,   # labelled images
     index,           # which of them
-    T:int=10,        # stochastic passes
-    size:float=1.35, # width of one picture, inches
+    T:int=50,        # stochastic passes; late ones are cheap, and a variance from ten is a noisy picture
+    size:float=1.6,  # width of one picture, inches
 )->Figure:
     "Image, truth, prediction and entropy of some images"
     device = next(model.parameters()).device
@@ -73,38 +73,44 @@ def prediction_panel(
     for row, n in enumerate(index):
         cells = [(rgb[row].movedim(0, -1).numpy(), 'image', {})]
         for t in arrays.tasks: cells += _task_cells(t, arrays.labels[t.name][n], final[t.name][row], maps[t.name], row, (H, W))
-        for ax, (picture, title, kw) in zip(axes[row], cells):
-            ax.imshow(picture, aspect='auto', **kw); ax.set_xticks([]); ax.set_yticks([])
-            if row == 0: ax.set_title(title, fontsize=9)
+        for ax, (picture, title, kw) in zip(axes[row], cells): _draw(ax, picture, title if row == 0 else '', **kw)
     return fig
 
 def _task_cells(t:Task, truth, raw, maps, row:int, size):
-    lo, hi = (0, maps.max()) if t.kind != 'regression' else (maps.min(), maps.max())
-    return [(paint(t, truth), f'{t.name}', {}), (paint(t, as_label(t, raw, size)), 'predicted', {}),
-            (maps[row], f'{lo:.1f} … {hi:.1f} nats', dict(vmin=lo, vmax=hi, cmap='viridis'))]
+    scale, text = _scale(maps)
+    return [(paint(t, truth), t.name, {}), (paint(t, as_label(t, raw, size)), f'{t.name}, predicted', {}), (maps[row], text, scale)]
 
-# %% ../nbs/65_look.ipynb #5b49fdec
+def _scale(maps)->tuple[dict, str]: # one scale for all of `maps`, as arguments of `imshow` and in words
+    lo, hi = float(np.min(maps)), float(np.max(maps))
+    return dict(vmin=lo, vmax=hi, cmap='viridis'), f'doubt, {lo:.1f} to {hi:.1f} nats'
+
+def _draw(ax, picture, title:str, **kw):
+    ax.imshow(picture, aspect='auto', **kw)
+    ax.set_xticks([]); ax.set_yticks([]); ax.set_title(title, fontsize=9)
+
+# %% ../nbs/65_look.ipynb #8d64dea6
 def picks_panel(
     folder,         # of a run
     pool:Arrays,    # its pool
     round:int=0,    # after whose training the pairs were bought
     n:int=8,        # how many of them
-    T:int=10,       # stochastic passes
+    T:int=50,       # stochastic passes
     size:float=1.6, # width of one picture, inches
 )->Figure:
     "Images and entropy maps of the first picks of a round"
-    with Ledger(Path(folder)/'ledger.db', pool.images, pool.tasks) as ledger: events = ledger.events()
+    with Ledger(Path(folder)/'ledger.db', pool.images, pool.tasks) as ledger: events, known = ledger.events(), ledger.labelled(round)
     bought = events[events['round'] == round + 1]
     if bought.empty: raise ValueError(f"{folder}: nothing was bought after round {round}")
     if (Path(folder)/f'scores-{round}.parquet').exists():
         bought = bought.merge(read_scores(folder, round), on=['image', 'task']).sort_values('norm', ascending=False, kind='stable')
     bought, model = bought.head(n), load_model(folder, round)
-    H, W = pool.rgb.shape[1:3]
-    fig, axes = plt.subplots(2, len(bought), squeeze=False, layout='constrained', figsize=(size*len(bought), 2*size*H/W + .5))
-    for (top, below), pick in zip(axes.T, bought.itertuples()):
-        rgb, _ = pool.batch(np.array([pool.images.index(pick.image)]))
-        v = entropy_maps(model, rgb.float()/255, T)[pick.task][0]
-        top.imshow(rgb[0].movedim(0, -1)); top.set_title(pick.task + (f' {pick.norm:.2f}' if hasattr(pick, 'norm') else ''), fontsize=10)
-        below.imshow(v, cmap='viridis', aspect='auto', extent=(0, W, H, 0)); below.set_title(f'{v.min():.1f} … {v.max():.1f} nats', fontsize=9)
-        for ax in (top, below): ax.set_xticks([]); ax.set_yticks([])
+    images = [pool.images.index(image) for image in bought.image]
+    rgb, labels = pool.batch(np.array(images), known[images])
+    maps = entropy_maps(model, rgb.float()/255, T, labels)
+    of = [maps[task][i].numpy() for i, task in enumerate(bought.task)]
+    scales = {task: _scale(np.stack([v for v, t in zip(of, bought.task) if t == task])) for task in set(bought.task)}
+    fig, axes = plt.subplots(2, len(bought), squeeze=False, layout='constrained', figsize=(size*len(bought), 2*size*rgb.shape[2]/rgb.shape[3] + .6))
+    for i, pick in enumerate(bought.itertuples()):
+        _draw(axes[0, i], rgb[i].movedim(0, -1), pick.task + (f', score {pick.norm:.2f}' if hasattr(pick, 'norm') else ''))
+        _draw(axes[1, i], of[i], scales[pick.task][1], **scales[pick.task][0])
     return fig

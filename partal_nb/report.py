@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STYLES', 'TASK_COLORS', 'STEP_COLORS', 'AXES', 'Run', 'read_run', 'tidy', 'read_runs', 'spread', 'styles',
-           'curves', 'spending', 'timing', 'results_table', 'write_report']
+           'curves', 'spending', 'timing', 'results_table', 'markdown_table', 'write_report']
 
 # %% ../nbs/80_report.ipynb #d1ce4040
 import html
@@ -216,6 +216,21 @@ def results_table(
     table = s.pivot(index=['task', 'metric'], columns='strategy', values=['mean', 'std', 'seeds']).swaplevel(axis=1)
     columns = pd.MultiIndex.from_product([styles(s.strategy), ['mean', 'std', 'seeds']], names=[f'after round {last}', ''])
     return table.reindex(columns=columns).loc[[tuple(o) for o in order]].astype({c: int for c in columns if c[1] == 'seeds'})
+
+# %% ../nbs/80_report.ipynb #b2ba016f
+def markdown_table(
+    df:pd.DataFrame, # of `read_runs`
+)->str: # GitHub-flavored
+    "The main metric of each task after the last common round, as a Markdown table with a row a strategy"
+    s = spread(df)
+    s = s[s.main & (s['round'] == s.groupby('strategy')['round'].max().min())]
+    heads = {row.task: f'{row.task}, {_metric_title(row)}' for row in s.itertuples()}
+    lines = ['| strategy | seeds | labeled pairs | ' + ' | '.join(heads.values()) + ' |', '|:--|--:|--:|' + '--:|'*len(heads)]
+    for name in styles(s.strategy):
+        own = s[s.strategy == name].set_index('task')
+        cells = [f"{row['mean']:.2f}" + ('' if pd.isna(row['std']) else f" ± {row['std']:.2f}") for row in (own.loc[t] for t in heads)]
+        lines.append(f"| {name} | {own.seeds.iloc[0]} | {own.pairs.iloc[0]:.0f} | " + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
 
 # %% ../nbs/80_report.ipynb #88db4b7d
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>

@@ -7,9 +7,10 @@ __all__ = ['NYU40', 'NYU_TASKS', 'NYU_LICENCE', 'KINECT', 'WINDOW', 'NYU_MAT', '
            'prepare_rooms', 'classes_from_one', 'nyuv2_folder', 'normals_from_depth', 'nyuv2_mat', 'Layout', 'detect',
            'prepare', 'open_data']
 
-# %% ../../nbs/12_data.sources.ipynb #8030c741
+# %% ../../nbs/12_data.sources.ipynb #95fb1bdb
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from scipy.io import loadmat
 from scipy.ndimage import uniform_filter
 
+import partal_nb.data.rooms
 from ..core import cache_dir, inside, semseg_task, standard_task
 from .rooms import ROOM_TASKS, render_room, room_ids
 from .store import INDEX, PLAN, Store, check_label, open_image, read_label, unit_or_void, write_store
@@ -195,7 +197,7 @@ def detect(
     known = '; '.join(f'{k}: {v.looks_like}' for k, v in LAYOUTS.items())
     raise ValueError(f"{path} is in no known layout, found {found}. Known are {known}")
 
-# %% ../../nbs/12_data.sources.ipynb #aa47e0fd
+# %% ../../nbs/12_data.sources.ipynb #a4f7718f
 def prepare(
     path,               # what people have
     out,                # folder to prepare into; not used if `path` is prepared already
@@ -204,6 +206,10 @@ def prepare(
 )->Store:
     "Read any known layout into a store"
     return LAYOUTS[detect(path)].prepare(Path(path), out, progress=progress, **options)
+
+def _rooms_version()->str: # another renderer or other tasks are another data set, and get a folder of their own in the cache
+    recipe = Path(partal_nb.data.rooms.__file__).read_bytes() + json.dumps([asdict(t) for t in ROOM_TASKS.values()]).encode()
+    return hashlib.sha256(recipe).hexdigest()[:8]
 
 def open_data(
     path='',            # a prepared data set, or any known layout; empty: the embedded rooms
@@ -215,7 +221,7 @@ def open_data(
 )->Store:
     "The data set to work on, prepared in the cache if it is not yet"
     if not str(path):
-        return prepare_rooms(cache_dir()/'stores'/f'rooms-{n_train}-{n_test}-{height}x{width}', n_train, n_test, height, width, progress)
+        return prepare_rooms(cache_dir()/'stores'/f'rooms-{_rooms_version()}-{n_train}-{n_test}-{height}x{width}', n_train, n_test, height, width, progress)
     path = Path(path)
     if detect(path) == 'store': return Store(path)
     out = cache_dir()/'stores'/f'{path.resolve().stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}'

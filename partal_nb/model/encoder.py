@@ -49,7 +49,7 @@ def _similar(name:str)->str:
     near = timm.list_models(f'*{name.split("_")[0]}*')[:8]
     return f"expected 'lite0' or a timm name such as {near or ['resnet18', 'hrnet_w18_small_v2', 'convnext_atto']}"
 
-# %% ../../nbs/20_model.encoder.ipynb #3db406a4
+# %% ../../nbs/20_model.encoder.ipynb #3c35923a
 class Encoder(nn.Module):
     "A backbone's maps from stride 4 on, brought to stride 4 and mixed"
     def __init__(self,
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         self.stride, hrnet = max(strides), name.startswith('hrnet')
         self.lateral = nn.ModuleList(nn.Identity() if hrnet else nn.Conv2d(c, lateral, 1) for c in widths)
         self.channels = sum(widths) if hrnet else lateral*len(widths)
-        self.mix = nn.Sequential(nn.Conv2d(self.channels, self.channels, 1, bias=False), nn.BatchNorm2d(self.channels), nn.ReLU())
+        self.mix = nn.Sequential(nn.Conv2d(self.channels, self.channels, 1, bias=False), nn.BatchNorm2d(self.channels), nn.ReLU(inplace=True))
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(self.net.default_cfg[k]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self,

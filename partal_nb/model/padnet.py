@@ -56,19 +56,19 @@ def message_of_label(
     value = value/valid.sum(2).clamp(min=1)
     return (F.normalize(value, dim=1) if task.loss == 'l1_unit' else value), known
 
-# %% ../../nbs/21_model.padnet.ipynb #c25619d6
+# %% ../../nbs/21_model.padnet.ipynb #94add57b
 class Bottleneck(nn.Module):
     "1×1, 3×3, 1×1 with a shortcut"
     def __init__(self, c_in:int, c_out:int):
         super().__init__()
         c = c_out//4
         self.body = nn.Sequential(
-            nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(),
-            nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(),
+            nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
+            nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True),
             nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
         self.shortcut = nn.Identity() if c_in == c_out else nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
 
-    def forward(self, x:Tensor)->Tensor: return F.relu(self.body(x) + self.shortcut(x))
+    def forward(self, x:Tensor)->Tensor: return F.relu_(self.body(x) + self.shortcut(x))
 
 # %% ../../nbs/21_model.padnet.ipynb #d9ac96c9
 class Tower(nn.Module):
@@ -82,14 +82,14 @@ class Tower(nn.Module):
         f = self.body(x)
         return f, self.guess(f)
 
-# %% ../../nbs/21_model.padnet.ipynb #5f15087c
+# %% ../../nbs/21_model.padnet.ipynb #a4bafb39
 class Speaker(nn.Module):
     "What one task tells each of the others: a gate σ(A m) times a content B m"
     def __init__(self, c_message:int, features:int, listeners:int):
         super().__init__()
         hidden = features//2
         self.listeners = listeners
-        self.embed = nn.Sequential(nn.Conv2d(c_message, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU())
+        self.embed = nn.Sequential(nn.Conv2d(c_message, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True))
         self.AB = nn.Conv2d(hidden, 2*listeners*features, 3, padding=1, bias=False)
 
     def forward(self, message:Tensor)->list[Tensor]: # one (B, features, h, w) for each listener
