@@ -70,7 +70,7 @@ def template(
         if (p/f'{name}.ipynb').exists(): return p/f'{name}.ipynb'
     raise FileNotFoundError(f"no template {name}.ipynb; looked in {[str(p) for p in places]}: reinstall the package")
 
-# %% ../nbs/90_cli.ipynb #3f13dbc0
+# %% ../nbs/90_cli.ipynb #d1616ea2
 def execute(
     name:str,        # of the template
     out,             # folder for the executed notebook
@@ -79,9 +79,12 @@ def execute(
 )->Path: # the executed notebook
     "Execute a template; what it prints, bars included, goes to the terminal as it comes"
     import papermill
+    from jupyter_client.kernelspec import find_kernel_specs
     source = template(name)
     known = papermill.inspect_notebook(str(source))
     if unknown := sorted(set(parameters) - set(known)): raise ValueError(f"{source.name} has no parameters {unknown}; there are {sorted(known)}")
+    if kernel and kernel not in (there := find_kernel_specs()):
+        raise ValueError(f"no Jupyter kernel {kernel!r}; there are {sorted(there)}, and `partal kernel install --name {kernel}` makes one")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     part, done = out/f'{name}.part.ipynb', out/f'{name}.ipynb'
@@ -90,10 +93,13 @@ def execute(
                                    stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"the notebook stopped with {e.ename}: {e.evalue}\n        all of it is in {part}") from e
+    except RuntimeError as e: # what papermill's own client raises
+        raise ValueError(f"{e}, perhaps for lack of memory; the same command again goes on from the last finished step\n        "
+                         f"what it showed is in {part}") from e
     os.replace(part, done)
     return done
 
-# %% ../nbs/90_cli.ipynb #1c4eb80c
+# %% ../nbs/90_cli.ipynb #3a78d3ae
 @app.command()
 def run(
     out:Annotated[Path, typer.Option(help="The run folder. The same command again goes on with an unfinished run.")],
@@ -110,19 +116,23 @@ def run(
     from partal_nb.journal import is_finished
     with plain_errors():
         changed = parse_changes(changes or [])
+        if own := sorted({'preset', 'strategy', 'seed', 'data'} & set(changed)): raise ValueError(f"--set {own[0]}=…: say --{own[0]} instead")
         configs = _configs(preset_name, strategy, against, dict(changed, seed=seed, **(dict(data=data) if data else {})), out)
         if (out/'al_run.ipynb').exists() and all(is_finished(c, folder) for folder, c in configs.items()): typer.echo('already finished')
         else:
+            from partal_nb.loop import check_run
+            for folder, c in configs.items(): check_run(c, folder)
             os.environ['PARTAL_COMMAND'] = shlex.join(['partal', *sys.argv[1:]])
             execute('al_run', out, dict(preset=preset_name, strategy=strategy, against=against, seed=seed, data=data, out=str(out),
                                         changes=changed, pictures=pictures), kernel)
         typer.echo(out)
 
-# %% ../nbs/90_cli.ipynb #e3ab6af7
+# %% ../nbs/90_cli.ipynb #4bf92e63
 def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)->dict[Path, RunConfig]: # by run folder
     "The runs that are asked for, all checked before the first begins"
     from partal_nb.select.strategy import get_strategy
     for name in filter(None, (strategy, against)): get_strategy(name)
+    if strategy == against: raise ValueError(f"--against {against}: expected another strategy than --strategy")
     configs = {out: preset(preset_name, strategy=strategy, **changes)}
     if against: configs[out/against] = preset(preset_name, strategy=against, **changes)
     for folder, c in configs.items():

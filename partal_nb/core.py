@@ -156,7 +156,7 @@ class TrainConfig:
     precision:str='auto'         # `auto`: bf16 on a GPU that has it, else fp32; or `fp32`, `bf16`
     device:str='auto'            # `auto`: a GPU if there is one; or any torch device
 
-# %% ../nbs/00_core.ipynb #728c27de
+# %% ../nbs/00_core.ipynb #f9bd15c4
 @dataclass(frozen=True)
 class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     "All that decides the result of a run"
@@ -164,6 +164,8 @@ class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     seed:int=0                   # start images, initial weights, augmentation, dropout and ties all follow from it
 
     def __post_init__(self):
+        if isinstance(self.tasks, str) or not isinstance(self.tasks, Iterable):
+            raise TypeError(f'config tasks: expected a list of names, e.g. ["depth"], got {json.dumps(self.tasks)}')
         object.__setattr__(self, 'tasks', tuple(self.tasks))
         _check_config(self)
 

@@ -54,7 +54,7 @@ def as_label(
     if task.kind == 'categorical': y = y.argmax(0, keepdim=True)
     return y.movedim(0, -1).cpu().numpy()
 
-# %% ../nbs/65_look.ipynb #a9fcd2b0
+# %% ../nbs/65_look.ipynb #bffc513b
 def prediction_panel(
     model:PADNet,    # trained network
     arrays:Arrays,   # labelled images
@@ -82,7 +82,7 @@ def _task_cells(t:Task, truth, raw, maps, row:int, size):
 
 def _scale(maps)->tuple[dict, str]: # one scale for all of `maps`, as arguments of `imshow` and in words
     lo, hi = float(np.min(maps)), float(np.max(maps))
-    return dict(vmin=lo, vmax=hi, cmap='viridis'), f'doubt, {lo:.1f} to {hi:.1f} nats'
+    return dict(vmin=lo, vmax=hi, cmap='viridis'), f'entropy {lo:.1f} to {hi:.1f} nats'
 
 def _draw(ax, picture, title:str, **kw):
     ax.imshow(picture, aspect='auto', **kw)

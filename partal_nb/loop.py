@@ -78,23 +78,38 @@ class Run:
 
     def file(self, pattern:str, round:int)->Path: return self.folder/pattern.format(round)
 
-# %% ../nbs/60_loop.ipynb #d8055d0d
+# %% ../nbs/60_loop.ipynb #788f635c
 def _open_store(config:RunConfig, progress:bool)->Store:
     if not config.data: raise ValueError(f"preset {config.preset!r} needs a data set: give its folder with --data FOLDER, or --data rooms")
     if config.data == 'rooms':
         return open_data('', config.pool_images or 600, config.test_images or 200, config.height, config.width, progress)
     return open_data(config.data, progress=progress)
 
-def _claim(folder:Path, config:RunConfig, store:Store, tasks:tuple):
-    "Write `config.json`, or check that it describes this very run"
-    path, mine = folder/'config.json', dict(hash=config_hash(config), data=dict(name=store.name, fingerprint=store.fingerprint))
-    if not path.exists():
-        return write_json(path, dict(mine, config=asdict(config), tasks=[asdict(t) for t in tasks], **about_machine(config.device)))
-    there = json.loads(path.read_text())
+def _who(config:RunConfig, store:Store)->dict: return dict(hash=config_hash(config), data=dict(name=store.name, fingerprint=store.fingerprint))
+
+def _check_folder(folder:Path, config:RunConfig, store:Store)->bool: # False: it holds no run yet
+    "Refuse a folder that holds another run"
+    if not (folder/'config.json').exists(): return False
+    there, mine = json.loads((folder/'config.json').read_text()), _who(config, store)
     if there['hash'] != mine['hash']:
         other = {k: there['config'].get(k) for k, v in json.loads(json.dumps(asdict(config))).items() if there['config'].get(k) != v}
         raise ValueError(f"{folder} holds a run of another configuration; it has {other}: choose another --out, or the same settings")
     if there['data'] != mine['data']: raise ValueError(f"{folder} holds a run on {there['data']}, this is {mine['data']}: choose another --out")
+    return True
+
+def _claim(folder:Path, config:RunConfig, store:Store, tasks:tuple):
+    "Write `config.json`, or check that it describes this very run"
+    if _check_folder(folder, config, store): return
+    about = dict(config=asdict(config), tasks=[asdict(t) for t in tasks], **about_machine(config.device))
+    write_json(folder/'config.json', dict(_who(config, store), **about))
+
+@contextmanager
+def _locked(folder:Path):
+    lock = FileLock(folder/'.lock', blocking=False)
+    try: lock.acquire()
+    except Timeout as e: raise ValueError(f"{folder} is in use by another process; wait for it, or choose another --out") from e
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/60_loop.ipynb #1977e58d
 def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
@@ -122,20 +137,23 @@ def _choose_tasks(config:RunConfig, store:Store)->tuple:
         raise ValueError(f"data set {store.name!r} has no task {missing}; there are {list(store.tasks)}")
     return tuple(store.tasks[t] for t in config.tasks or store.tasks)
 
-# %% ../nbs/60_loop.ipynb #600c0a6b
+# %% ../nbs/60_loop.ipynb #4b302264
 def check_run(
     config:RunConfig,   # all that decides the result
+    folder,             # of the run
     progress:bool=True, # show a bar if rooms have to be rendered
 ):
-    "Refuse a run that could not be finished"
+    "Refuse a run that could not be finished, or not in this folder"
     get_strategy(config.strategy)
     pick_device(config.device)
     Encoder(config.encoder, pretrained=False)
-    store = _open_store(config, progress)
+    store, folder = _open_store(config, progress), Path(folder)
+    if _check_folder(folder, config, store):
+        with _locked(folder): pass
     tasks, (pool, _) = _choose_tasks(config, store), split_images(config, store)
     _check_budget(config, tasks, np.array([[store.has(i, t.name) for t in tasks] for i in pool]))
 
-# %% ../nbs/60_loop.ipynb #0112f602
+# %% ../nbs/60_loop.ipynb #4b5985fc
 def load_data(
     config:RunConfig,   # `data`, `tasks`, size and split
     progress:bool=True, # show bars
@@ -152,20 +170,16 @@ def open_run(
     progress:bool=True, # show bars
 ):  # yields a `Run`
     "Open a run folder; nobody else can while it is open"
-    check_run(config, progress)
     folder = Path(folder)
+    check_run(config, folder, progress)
     store, pool, test = load_data(config, progress)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/'.lock', blocking=False)
-    try: lock.acquire()
-    except Timeout as e: raise ValueError(f"{folder} is in use by another process; wait for it, or choose another --out") from e
-    try:
+    with _locked(folder):
         _claim(folder, config, store, pool.tasks)
         for torn in folder.glob('.*.part'): torn.unlink() # by a kill in the middle of `write_atomic`
         with Ledger(folder/'ledger.db', pool.images, pool.tasks) as ledger:
             _check_labels(ledger, pool)
             yield Run(folder, config, pool, test, ledger, progress)
-    finally: lock.release()
 
 # %% ../nbs/60_loop.ipynb #2082e23d
 def _start(run:Run):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STYLES', 'TASK_COLORS', 'STEP_COLORS', 'AXES', 'Run', 'read_run', 'tidy', 'read_runs', 'spread', 'styles',
-           'curves', 'spending', 'timing', 'results_table', 'markdown_table', 'write_report']
+           'curves', 'spending', 'timing', 'results_table', 'markdown_table', 'update_results', 'write_report']
 
 # %% ../nbs/80_report.ipynb #d1ce4040
 import html
@@ -231,6 +231,27 @@ def markdown_table(
         cells = [f"{row['mean']:.2f}" + ('' if pd.isna(row['std']) else f" ± {row['std']:.2f}") for row in (own.loc[t] for t in heads)]
         lines.append(f"| {name} | {own.seeds.iloc[0]} | {own.pairs.iloc[0]:.0f} | " + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
+
+# %% ../nbs/80_report.ipynb #2d395915
+_MARKS = '<!-- results -->', '<!-- end of results -->'
+
+def _made_by(folder:Path)->str: # one line of Markdown
+    about = json.loads((folder/'config.json').read_text('utf-8'))
+    device = about.get('machine', {}).get('device', 'unknown device')
+    return f"- `{about.get('command', '')}` (config {about.get('hash', '')}, seed {about['config']['seed']}, commit {about.get('commit', '')}, on {device})"
+
+def update_results(
+    path,             # Markdown file with the two marks
+    folders:Iterable, # of runs that differ in strategy and seed only
+)->str: # the file's new text
+    "Write the table of `folders` between the marks of a Markdown file"
+    folders, text = sorted(map(Path, folders)), Path(path).read_text('utf-8')
+    if not all(text.count(m) == 1 for m in _MARKS): raise ValueError(f"{path}: expected the marks {' and '.join(_MARKS)}, once each")
+    before, rest = text.split(_MARKS[0])
+    body = markdown_table(read_runs(folders)) + '\n\nMade by\n\n' + '\n'.join(map(_made_by, folders))
+    text = f'{before}{_MARKS[0]}\n{body}\n{_MARKS[1]}{rest.split(_MARKS[1])[1]}'
+    write_atomic(path, text.encode())
+    return text
 
 # %% ../nbs/80_report.ipynb #88db4b7d
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
