@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from partal_nb.core import preset, standard_task
+from partal_nb.report import update_results
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {'git', 'cd', '.'}
@@ -70,6 +71,14 @@ def test_python(tmp_path):
     (tmp_path/'readme.py').write_text('\n'.join(body for kind, _, body in README if kind == 'python'))
     r = sh(sys.executable, 'readme.py', cwd=tmp_path)
     assert r.returncode == 0, r.stderr
+
+def test_results_are_the_journals(tmp_path):
+    "`make readme` would change nothing"
+    copy = tmp_path/'README.md'
+    copy.write_text((ROOT/'README.md').read_text('utf-8'), 'utf-8')
+    folders = [p.parent for p in (ROOT/'nbs/runs/results/nyuv2_small').glob('*/config.json')]
+    assert len(folders) >= 2
+    assert update_results(copy, folders) == (ROOT/'README.md').read_text('utf-8')
 
 def test_there_is_something_to_check():
     assert len(LINES) >= 3 and sum(kind == 'python' for kind, *_ in README) >= 2
