@@ -123,7 +123,7 @@ def train_step(
     optimizer.step()
     return loss.detach()
 
-# %% ../nbs/30_learner.ipynb #fe1a0917
+# %% ../nbs/30_learner.ipynb #5ee6f3af
 def train(
     model:PADNet,         # is trained in place
     arrays:Arrays,        # the pool, N images
@@ -143,8 +143,8 @@ def train(
     about = load_checkpoint(part, model, optimizer) if part.exists() else dict(steps=0, seconds=0., losses=[])
     net, opt = acc.prepare(model, optimizer)
     _steps(net, opt, acc, arrays, known, config, round, total, about, progress,
-           lambda: save_checkpoint(part, acc.unwrap_model(net, keep_fp32_wrapper=False), optimizer, **about), save_every)
-    acc.unwrap_model(net, keep_fp32_wrapper=False)
+           lambda: save_checkpoint(part, model, optimizer, **about), save_every)
+    acc.unwrap_model(net, keep_fp32_wrapper=False) # takes the mixed-precision wrapper off `model`
     about['loss'] = float(np.mean(about.pop('losses')))
     save_checkpoint(path, model, **about)
     part.unlink(missing_ok=True)

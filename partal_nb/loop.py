@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['about_machine', 'split_images', 'Run', 'check_run', 'load_data', 'open_run', 'read_scores', 'run', 'load_model']
 
-# %% ../nbs/60_loop.ipynb #dad8b8aa
+# %% ../nbs/60_loop.ipynb #ee154fc0
 import io
 import json
 import os
@@ -29,7 +29,7 @@ from .data.ledger import Ledger
 from .data.sources import open_data
 from .data.store import Arrays, Store, load_arrays
 from .journal import Steps, append_journal, read_journal
-from .learner import Constant, evaluate, load_checkpoint, train
+from .learner import Constant, evaluate, load_checkpoint, save_checkpoint, train
 from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
 from .select.strategy import STRATEGIES, Pool, Scores, get_strategy, select
@@ -188,10 +188,13 @@ def _start(run:Run):
     images = np.sort(rng.choice(whole, run.config.start_images, replace=False))
     run.ledger.reveal([Pair(run.pool.images[i], t.name) for i in images for t in run.pool.tasks], 0, 'start')
 
-# %% ../nbs/60_loop.ipynb #5954a2d1
+# %% ../nbs/60_loop.ipynb #2a338fd7
 def _train(run:Run, r:int)->tuple[PADNet, dict]:
+    first = run.folder/'init.safetensors'
     set_seed(derive_seed(run.config.seed, 'init'))
-    model = make_model(run.config, run.pool.tasks)
+    model = make_model(replace(run.config, pretrained=run.config.pretrained and not first.exists()), run.pool.tasks)
+    if not first.exists(): save_checkpoint(first, model, encoder=model.encoder.weights)
+    load_checkpoint(first, model)
     if run.config.warm_start and r: load_checkpoint(run.file('round-{}.safetensors', r - 1), model)
     path = run.file('round-{}.safetensors', r)
     return model, train(model, run.pool, run.ledger.labelled(r), run.config, r, path, progress=run.progress)
