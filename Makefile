@@ -39,8 +39,7 @@ check: .venv/.dev
 	fi >&2
 
 readme: .venv/.run
-	python -c "from pathlib import Path; from partal_nb.report import update_results; \
-		update_results('README.md', [p.parent for p in Path('nbs/runs/results/nyuv2_small').glob('*/config.json')])"
+	python -c "from partal_nb.report import update_results; update_results('README.md', 'nbs/runs/results')"
 
 hooks:
 	git config core.hooksPath .githooks

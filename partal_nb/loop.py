@@ -111,7 +111,7 @@ def _locked(folder:Path):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/60_loop.ipynb #1977e58d
+# %% ../nbs/60_loop.ipynb #40c5334e
 def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
     need, have = config.start_images*available.shape[1] + config.rounds*config.step_pairs, int(available.sum())
     whole = int(available.all(1).sum())
@@ -122,8 +122,8 @@ def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
                          f"{config.rounds} × {config.step_pairs}): use fewer rounds or a smaller step_pairs")
     used_up = [t.name for t, n in zip(tasks, available.sum(0)) if n == config.start_images]
     if used_up and config.rounds and get_strategy(config.strategy).needs_scores:
-        raise ValueError(f"start_images={config.start_images} takes all labels of {used_up}, so there is nothing to compare their scores with: use fewer, "
-                         "or leave these tasks out")
+        raise ValueError(f"start_images={config.start_images} takes all labels of {used_up}, so there is nothing to compare their scores with: "
+                         "use fewer, or leave these tasks out")
 
 def _check_labels(ledger:Ledger, pool:Arrays):
     lost = np.argwhere(ledger.labelled() & ~pool.available)

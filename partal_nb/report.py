@@ -217,9 +217,10 @@ def results_table(
     columns = pd.MultiIndex.from_product([styles(s.strategy), ['mean', 'std', 'seeds']], names=[f'after round {last}', ''])
     return table.reindex(columns=columns).loc[[tuple(o) for o in order]].astype({c: int for c in columns if c[1] == 'seeds'})
 
-# %% ../nbs/80_report.ipynb #b2ba016f
+# %% ../nbs/80_report.ipynb #6b75b3da
 def markdown_table(
-    df:pd.DataFrame, # of `read_runs`
+    df:pd.DataFrame,    # of `read_runs`
+    constant:dict={},   # metrics of the constant predictor, by task, as a journal's first round has them
 )->str: # GitHub-flavored
     "The main metric of each task after the last common round, as a Markdown table with a row a strategy"
     s = spread(df)
@@ -230,26 +231,34 @@ def markdown_table(
         own = s[s.strategy == name].set_index('task')
         cells = [f"{row['mean']:.2f}" + ('' if pd.isna(row['std']) else f" ± {row['std']:.2f}") for row in (own.loc[t] for t in heads)]
         lines.append(f"| {name} | {own.seeds.iloc[0]} | {own.pairs.iloc[0]:.0f} | " + ' | '.join(cells) + ' |')
+    main = {row.task: row.metric for row in s.itertuples()}
+    if constant: lines.append('| constant predictor | – | – | ' + ' | '.join(f'{constant[t][m]:.2f}' for t, m in main.items()) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/80_report.ipynb #2d395915
+# %% ../nbs/80_report.ipynb #4936cdcc
 _MARKS = '<!-- results -->', '<!-- end of results -->'
 
 def _made_by(folder:Path)->str: # one line of Markdown
     about = json.loads((folder/'config.json').read_text('utf-8'))
     device = about.get('machine', {}).get('device', 'unknown device')
-    return f"- `{about.get('command', '')}` (config {about.get('hash', '')}, seed {about['config']['seed']}, commit {about.get('commit', '')}, on {device})"
+    made = f"config {about.get('hash', '')}, seed {about['config']['seed']}, commit {about.get('commit', '')}, on {device}"
+    return f"- `{about.get('command', '')}` ({made})"
+
+def _study(folder:Path)->str: # Markdown
+    runs = sorted(p.parent for p in folder.glob('*/config.json'))
+    table = markdown_table(read_runs(runs), read_run(runs[0]).rounds[0].get('constant', {}))
+    return f'**{folder.name}**\n\n{table}\n\n' + '\n'.join(map(_made_by, runs))
 
 def update_results(
-    path,             # Markdown file with the two marks
-    folders:Iterable, # of runs that differ in strategy and seed only
+    path,    # Markdown file with the two marks
+    results, # folder with a folder for each study, with a folder for each run
 )->str: # the file's new text
-    "Write the table of `folders` between the marks of a Markdown file"
-    folders, text = sorted(map(Path, folders)), Path(path).read_text('utf-8')
+    "Write a table for each study in `results` between the marks of a Markdown file"
+    text, studies = Path(path).read_text('utf-8'), sorted(p for p in Path(results).iterdir() if any(p.glob('*/config.json')))
     if not all(text.count(m) == 1 for m in _MARKS): raise ValueError(f"{path}: expected the marks {' and '.join(_MARKS)}, once each")
+    if not studies: raise ValueError(f"{results}: expected folders study/run/config.json, found none")
     before, rest = text.split(_MARKS[0])
-    body = markdown_table(read_runs(folders)) + '\n\nMade by\n\n' + '\n'.join(map(_made_by, folders))
-    text = f'{before}{_MARKS[0]}\n{body}\n{_MARKS[1]}{rest.split(_MARKS[1])[1]}'
+    text = f'{before}{_MARKS[0]}\n' + '\n\n'.join(map(_study, studies)) + f'\n{_MARKS[1]}{rest.split(_MARKS[1])[1]}'
     write_atomic(path, text.encode())
     return text
 
