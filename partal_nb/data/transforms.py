@@ -108,17 +108,17 @@ def move(
         labels = {t.name: nearest(labels[t.name], index, outside, t.ignore) for t in tasks}
     return x, {t.name: _move_values(labels[t.name], t, moves) for t in tasks}
 
-# %% ../../nbs/13_data.transforms.ipynb #ef47d08e
+# %% ../../nbs/13_data.transforms.ipynb #9f000ca7
 def _move_values(y:Tensor, task:Task, moves:Moves)->Tensor: # the values that depend on where the camera is
     per_sample = lambda a: torch.as_tensor(a, dtype=y.dtype, device=y.device).view(-1, 1, 1, 1)
-    if task.unit == 'm' and (moves.zoom != 1).any(): return torch.where(y == task.ignore, y, y/per_sample(moves.zoom))
+    if task.unit == 'm' and (moves.zoom != 1).any():
+        return y/per_sample(moves.zoom) if task.ignore == 0 else torch.where(y == task.ignore, y, y/per_sample(moves.zoom))
     if task.loss != 'l1_unit' or task.channels != 3: return y
+    if moves.flip.any(): y = y*torch.as_tensor(np.where(moves.flip[:, None], [-1, 1, 1], 1), dtype=y.dtype, device=y.device)[..., None, None]
+    if not moves.angle.any(): return y
     nx, ny, nz = y.split(1, 1)
-    nx = nx*per_sample(np.where(moves.flip, -1, 1))
-    if moves.angle.any():
-        c, s = per_sample(np.cos(moves.angle)), per_sample(np.sin(moves.angle))
-        nx, ny = c*nx - s*ny, s*nx + c*ny
-    return torch.cat([nx, ny, nz], 1)
+    c, s = per_sample(np.cos(moves.angle)), per_sample(np.sin(moves.angle))
+    return torch.cat([c*nx - s*ny, s*nx + c*ny, nz], 1)
 
 # %% ../../nbs/13_data.transforms.ipynb #03964796
 def augment(
