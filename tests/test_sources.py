@@ -14,17 +14,17 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from scipy.io import loadmat, savemat
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, maximum_filter, minimum_filter
 from torch import nn
 
 from partal_nb.core import preset
 from partal_nb.data import store as store_module
 from partal_nb.data.folders import FORMS, INDOOR, Folder, merged_parts, read_folder
 from partal_nb.data.prepare import check, detect, open_data, open_source
-from partal_nb.data.rooms import render_room
+from partal_nb.data.rooms import ROOM_TASKS, render_room, room_scene
 from partal_nb.data.sources import NYU40, edges_from_ids, normals_from_depth, prepare_rooms
 from partal_nb.data.store import Store, load_arrays, png_bytes, verify, write_store
-from partal_nb.data.transforms import augment
+from partal_nb.data.transforms import Moves, augment, move
 from partal_nb.learner import train_step
 from partal_nb.losses import total_loss
 from partal_nb.model.padnet import PADNet
@@ -291,6 +291,24 @@ def test_cache_round_trip(some, tmp_path, monkeypatch):
     assert (np.asarray(again.rgb) == first.rgb[1:3]).all() and (again.labels['normals'] == first.labels['normals'][1:3]).all()
     held_out = load_arrays(s, [s.splits['train'][k] for k in (3, 0)], TASKS, 72, 96, progress=False)
     assert (held_out.batch([0, 1])[0] == first.batch([3, 0])[0]).all()
+
+@pytest.mark.parametrize('seed', (3, 5, 8))
+@pytest.mark.parametrize('how', ('as it is', 'flip', 'zoom', 'turn', 'all'))
+def test_moved_depth_and_moved_normals_agree(seed, how):
+    "Normals computed from the moved depth are the moved normals, as seen by a camera whose lens is as much longer as the picture is larger"
+    room = render_room(seed, 240, 320)
+    flip, zoom, angle = how in ('flip', 'all'), 1.5 if how in ('zoom', 'all') else 1., np.radians(15.) if how in ('turn', 'all') else 0.
+    tensor = lambda k: torch.from_numpy(np.atleast_3d(room[k])).permute(2, 0, 1)[None]
+    tasks = [ROOM_TASKS[k] for k in ('depth', 'normals')]
+    _, y = move(tensor('rgb'), {t.name: tensor(t.name) for t in tasks}, tasks, Moves(np.array([flip]), np.array([zoom]), np.array([angle])))
+    depth, normals = y['depth'][0, 0].numpy(), y['normals'][0].permute(1, 2, 0).numpy()
+    f = room_scene(seed).camera.focal(640)*zoom
+    found = normals_from_depth(depth, (f, f, 319.5, 239.5))
+    spread = maximum_filter(normals, (15, 15, 1)) - minimum_filter(normals, (15, 15, 1))
+    flat = (spread < .02).all(2) & found.any(2) & normals.any(2) # one plane fills the window that the fit looks through
+    off = lambda n: np.median(np.degrees(np.arccos((found*n).sum(2)[flat].clip(-1, 1))))
+    assert flat.mean() > .2 and off(normals) < .75, (flat.mean(), off(normals))
+    if how == 'all': assert off(room['normals']) > 10, 'it would show'
 
 def test_the_loader_is_no_bottleneck(tmp_path):
     "2,000 augmented samples a second on two cores: at most a millisecond of processor time each"

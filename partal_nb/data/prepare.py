@@ -49,7 +49,7 @@ def detect(
     found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'a file of another kind' if path.is_file() else 'nothing'
     raise ValueError(f"{path} is in no known layout, found {found}. Known are:\n" + '\n'.join(f'  {k}: {v.looks_like}' for k, v in LAYOUTS.items()))
 
-# %% ../../nbs/16_data.prepare.ipynb #f935d9ae
+# %% ../../nbs/16_data.prepare.ipynb #f7eae46f
 def prepare(
     path,               # what people have
     out,                # folder to prepare into; not used if `path` is prepared already
@@ -59,7 +59,10 @@ def prepare(
 )->Store:
     "Read any known layout into a store"
     if layout and layout not in LAYOUTS: raise ValueError(f"unknown layout {layout!r}; there are {list(LAYOUTS)}")
-    return LAYOUTS[layout or detect(path)].prepare(Path(path), out, progress=progress, **options)
+    layout = layout or detect(path)
+    if options.get('derive') and layout in ('store', 'nyuv2_mat'):
+        raise ValueError(f"{path} is in layout {layout!r}: tasks are derived only while a folder of files is read")
+    return LAYOUTS[layout].prepare(Path(path), out, progress=progress, **options)
 
 # %% ../../nbs/16_data.prepare.ipynb #aea69d7c
 def open_source(
