@@ -110,7 +110,7 @@ def indoor_normals(
     "Normals where a network trained on rooms can know them, else void"
     return y_turned(raw)*np.isin(mat['LabelMap'], list(INDOOR))[..., None]
 
-# %% ../../nbs/15_data.folders.ipynb #07c71eba
+# %% ../../nbs/15_data.folders.ipynb #28c9194f
 @dataclass(frozen=True)
 class Place:
     "Where a layout keeps the labels of a task, and what they mean"
@@ -122,7 +122,7 @@ class Place:
 @dataclass(frozen=True)
 class Form:
     "One way to keep a data set in folders"
-    name:str               # of the data set
+    name:str               # of the data set; empty: the folder's
     images:str             # pattern of an image's file
     places:tuple           # of its labels; those whose folders are not there are left out
     splits:tuple           # where train and test are listed; or what stands for `{split}` in the patterns
@@ -162,16 +162,16 @@ FORMS = dict(
         Place(_NORMALS, 'normals_distill/{id}.png', indoor_normals, 'pascal-context/trainval/{id}.mat')),
         ('ImageSets/Context/train.txt', 'ImageSets/Context/val.txt'), derived=('saliency', 'edges', 'normals')))
 
-# %% ../../nbs/15_data.folders.ipynb #88eddcab
+# %% ../../nbs/15_data.folders.ipynb #af060072
 FORMS |= dict(
     voc=Form('PASCAL VOC', 'JPEGImages/{id}.jpg', (Place(_VOC, 'SegmentationClass/{id}.png', classes_or_void),),
              ('ImageSets/Segmentation/train.txt', 'ImageSets/Segmentation/val.txt')),
     ecssd=Form('ECSSD', 'images/{id}', (Place(_SALIENCY, 'ground_truth_mask/{id}', above_half),), ('train.txt', 'test.txt')),
-    samples=Form('samples', 'rgb/{id}', (
+    samples=Form('', 'rgb/{id}', (
         Place(_VOC, 'seg21/{id}.png', classes_or_void), Place(_PARTS, 'human_parts/{id}.png', people_or_void),
         Place(_EDGES, 'edge/{id}.png', agreed), Place(_SALIENCY, 'saliency/{id}.png', above_half)), ('train.txt', 'test.txt')))
 
-# %% ../../nbs/15_data.folders.ipynb #2c2080a4
+# %% ../../nbs/15_data.folders.ipynb #e19b5ead
 TASKS = 'tasks.json'
 
 def own_form(
@@ -187,7 +187,7 @@ def own_form(
     except (ValueError, TypeError) as e: raise ValueError(f"{path/TASKS}: {e}") from e
     images = next((f for f in ('rgb', 'images') if (path/f).is_dir()), None)
     if images is None: raise FileNotFoundError(f"{path}: no folder rgb/ or images/ beside {TASKS}")
-    return Form(path.resolve().name, f'{images}/{{id}}', tuple(Place(t, f'{t.name}/{{id}}', None) for t in tasks), ('train.txt', 'test.txt'), '')
+    return Form('', f'{images}/{{id}}', tuple(Place(t, f'{t.name}/{{id}}', None) for t in tasks), ('train.txt', 'test.txt'), '')
 
 def _own_task(d:dict)->Task: # `d` with what a usual task of that name has
     if 'kind' in d: return task_from_dict(d)
@@ -221,11 +221,11 @@ def _splits(path:Path, form:Form, images:list[str])->dict[str, list[str]]: # ids
     if both := sorted(set(train) & set(test)): raise ValueError(f"{path}: {len(both)} images are listed for train and test, e.g. {both[:3]}")
     return dict(train=train, test=test)
 
-# %% ../../nbs/15_data.folders.ipynb #1505ffda
+# %% ../../nbs/15_data.folders.ipynb #85a3f4d0
 class Folder:
     "A folder in one of the forms: listed, and read when asked"
     def __init__(self, path, form:Form, derive:Iterable[str]=()): # derive: names in `DERIVATIONS`
-        self.path, self.form, self.name, self.licence = Path(path), form, form.name, form.licence
+        self.path, self.form, self.name, self.licence = Path(path), form, form.name or Path(path).resolve().name, form.licence
         self.places = {p.task.name: p for p in form.places}
         there = lambda place: any(d.is_dir() for f in place.files.split() for d in _folders(self.path, form, f))
         self._files = {n: _list(self.path, form, p.files) for n, p in self.places.items() if there(p)}
@@ -292,7 +292,7 @@ def _bytes(a:np.ndarray, file:Path)->np.ndarray: # floats from 0 to 1, or bytes
     if a.dtype != np.uint8: raise ValueError(f"{file} (rgb): expected bytes or floats in [0, 1], got {a.dtype} from {a.min():g} to {a.max():g}")
     return a
 
-# %% ../../nbs/15_data.folders.ipynb #8ca32e26
+# %% ../../nbs/15_data.folders.ipynb #514c1de6
 def read_folder(
     path,                # folder in this form; label files may be missing
     out,                 # folder to prepare into
@@ -305,4 +305,4 @@ def read_folder(
     lost = [i for ids in folder.splits.values() for i in ids if not folder.has(i, 'rgb')]
     if lost: raise FileNotFoundError(f"{path}: {len(lost)} images that the lists name are not in {Path(form.images).parent}/, e.g. {lost[:3]}")
     def sample(i): return {t: folder.label(i, t) for t in folder.tasks if folder.has(i, t)} | dict(rgb=folder.rgb(i))
-    return write_store(out, form.name, folder.tasks.values(), folder.splits, sample, form.licence, folder.derived, progress)
+    return write_store(out, folder.name, folder.tasks.values(), folder.splits, sample, form.licence, folder.derived, progress)
