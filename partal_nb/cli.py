@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Preset', 'Changes', 'kernel_app', 'partal', 'plain_errors', 'parse_changes', 'config', 'template', 'execute',
-           'run', 'strategies', 'prepare', 'report', 'kernel_install']
+           'run', 'strategies', 'prepare', 'check', 'report', 'kernel_install']
 
 # %% ../nbs/90_cli.ipynb #c4732dfd
 import json
@@ -140,7 +140,7 @@ def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)
         if c.data != 'rooms' and not Path(c.data).exists(): raise ValueError(f"--data {c.data}: no such folder")
     return configs
 
-# %% ../nbs/90_cli.ipynb #10ff5cfc
+# %% ../nbs/90_cli.ipynb #646d681b
 @app.command()
 def strategies():
     "List the strategies."
@@ -151,12 +151,28 @@ def strategies():
 def prepare(
     source:Annotated[Path, typer.Argument(help="A folder or file of a known data set.")],
     out:Annotated[Path, typer.Argument(help="Folder for the data set in this package's form.")],
+    layout:Annotated[str, typer.Option(help="Which layout SOURCE is in; empty: by what lies there.")]='',
+    derive:Annotated[Optional[list[str]], typer.Option(help="A task to compute from another's labels: normals, edges, person. Repeatable.")]=None,
 ):
     "Read a data set into the one form that everything else reads."
-    from partal_nb.data.sources import prepare
+    from partal_nb.data.prepare import prepare
     with plain_errors():
-        store = prepare(source, out)
+        store = prepare(source, out, layout, **(dict(derive=derive) if derive else {}))
         typer.echo(f'{store.name}: {", ".join(f"{len(ids)} {split}" for split, ids in store.splits.items())} images, tasks {", ".join(store.tasks)}')
+
+# %% ../nbs/90_cli.ipynb #4e624107
+@app.command()
+def check(
+    out:Annotated[Path, typer.Argument(help="A prepared data set, or a folder in a known layout.")],
+    sheet:Annotated[Optional[Path], typer.Option(help="A picture to write: some images with all their labels.")]=None,
+):
+    "Read all images and labels, count them, list every fault; exit code 1 if there is one."
+    from partal_nb.data.prepare import check, contact_sheet, open_source
+    with plain_errors():
+        found = check(out)
+        typer.echo(found)
+        if sheet and found.counts: contact_sheet(open_source(out)).savefig(sheet)
+        if found.faults: raise typer.Exit(1)
 
 @app.command()
 def report(

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from .core import (Pair, RunConfig, config_from_dict, config_hash, derive_seed, pick_device, set_seed, task_from_dict, write_atomic,
                             write_json)
 from .data.ledger import Ledger
-from .data.sources import open_data
+from .data.prepare import open_data
 from .data.store import Arrays, Store, load_arrays
 from .journal import Steps, append_journal, read_journal
 from .learner import Constant, evaluate, load_checkpoint, save_checkpoint, train

@@ -167,23 +167,26 @@ def _check_keys(where, d:dict, known, needed=None):
     if unknown := sorted(set(d) - set(known)): raise ValueError(f"{where}: unknown keys {unknown}; there are {list(known)}")
     if missing := sorted(set(known if needed is None else needed) - set(d)): raise ValueError(f"{where}: keys {missing} are missing")
 
-# %% ../../nbs/11_data.store.ipynb #61cce2b4
+# %% ../../nbs/11_data.store.ipynb #48a0cf1b
 class Store:
     "A data set on disk; every array is checked when it is read"
-    def __init__(self, path): # folder with a `dataset.json`
+    def __init__(self, path, strict=True): # folder with a `dataset.json`; False: even where images are missing, to look for faults
         self.path = Path(path)
         d = _read_index(self.path)
         self.name, self.licence, self.derived, self.files = d['name'], d['licence'], tuple(d['derived']), d['files']
         self.tasks = {t['name']: task_from_dict(t) for t in d['tasks']}
         self.splits = {k: list(v) for k, v in d['splits'].items()}
         self.fingerprint = hashlib.sha256((self.path/INDEX).read_bytes()).hexdigest()[:12]
-        _check_store(self)
+        _check_store(self, strict)
 
     def file(self, id:str, task:str)->Path: # where the label of `task`, or `rgb`, is or would be
         if task not in self.files: raise KeyError(f"no task {task!r} in {self.name}; there are {list(self.tasks)}")
         return inside(self.path, f"{task}/{id}{self.files[task]['suffix']}")
 
     def has(self, id:str, task:str)->bool: return self.file(id, task).is_file()
+
+    def ids(self, task:str)->list[str]: # images that have a file of `task`, or `rgb`
+        return sorted(n.removesuffix(self.files[task]['suffix']) for n in _names(self.path/task))
 
     def rgb(self, id:str)->np.ndarray: # (H, W, 3) uint8
         return np.array(open_image(self.file(id, 'rgb')).convert('RGB'))
@@ -199,8 +202,8 @@ class Store:
     def __repr__(self):
         return f"{self.name}: {', '.join(f'{len(v)} {k}' for k, v in self.splits.items())}; {', '.join(self.tasks)} ({self.path})"
 
-# %% ../../nbs/11_data.store.ipynb #74f0329b
-def _check_store(s:Store):
+# %% ../../nbs/11_data.store.ipynb #a67004b9
+def _check_store(s:Store, strict:bool):
     if missing := sorted({'rgb', *s.tasks} - set(s.files)): raise ValueError(f"{s.path/INDEX}: files says nothing of {missing}")
     if unknown := sorted(set(s.derived) - set(s.tasks)):
         raise ValueError(f"{s.path/INDEX}: derived {unknown} are no tasks; there are {list(s.tasks)}")
@@ -208,7 +211,7 @@ def _check_store(s:Store):
         if v['suffix'] not in SUFFIXES: raise ValueError(f"{s.path/INDEX}: {k} has suffix {v['suffix']!r}; there are {list(SUFFIXES)}")
     suffix, there, seen = s.files['rgb']['suffix'], _names(s.path/'rgb'), {}
     for split, ids in s.splits.items():
-        if lost := [i for i in ids if i + suffix not in there]:
+        if strict and (lost := [i for i in ids if i + suffix not in there]):
             raise FileNotFoundError(f"{s.path}: {len(lost)} of {len(ids)} images of split {split!r} have no file rgb/<id>{suffix}, e.g. {lost[:3]}")
         for i in ids:
             if i in seen: raise ValueError(f"{s.path/INDEX}: image {i!r} is in split {seen[i]!r} and again in {split!r}")
