@@ -25,7 +25,8 @@ import numpy as np
 # %% ../nbs/00_core.ipynb #6df19e33
 KINDS = ('categorical', 'binary', 'regression')
 LOSSES = dict(cross_entropy='categorical', balanced_bce='binary', edge_bce='binary', l1='regression', l1_unit='regression')
-METRICS = dict(miou='categorical', parts_miou='categorical', max_iou='binary', odsf='binary', rmse='regression', angle='regression')
+METRICS = dict(miou='categorical', parts_miou='categorical', max_iou='binary', odsf='binary', odsf_nyuv2='binary',
+               rmse='regression', angle='regression')
 LOWER_IS_BETTER = ('rmse', 'angle')
 
 # %% ../nbs/00_core.ipynb #3369ad10
@@ -86,7 +87,7 @@ def standard_task(
     known = dict(
         depth=dict(kind='regression', channels=1, loss='l1', metric='rmse', unit='m', ignore=0, cmap='magma'),
         normals=dict(kind='regression', channels=3, loss='l1_unit', metric='angle', unit='°', ignore=0, weight=10),
-        edges=dict(kind='binary', channels=1, loss='edge_bce', metric='max_iou', weight=50, cmap='gray'),
+        edges=dict(kind='binary', channels=1, loss='edge_bce', metric='odsf', weight=50, cmap='gray'),
         saliency=dict(kind='binary', channels=1, loss='balanced_bce', metric='max_iou', weight=5, cmap='gray'),
         parts=dict(kind='categorical', channels=7, loss='cross_entropy', metric='parts_miou', weight=2, classes=PARTS, cmap='tab10'))
     if name not in known: raise ValueError(f"unknown standard task {name!r}; there are {sorted(known)}, and semseg_task(classes)")

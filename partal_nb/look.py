@@ -35,6 +35,7 @@ def paint(
         raise ValueError(f"task {task.name!r}: expected (H, W, {task.label_channels}), got {y.shape}")
     void = (y == task.ignore).all(2)
     if task.loss == 'l1_unit': color = (y + 1)/2
+    elif task.label_channels == 3: color = y
     else:
         v = y[..., 0].astype(float)
         if task.kind == 'categorical': v = (v % 20 + .5)/20 if task.cmap == 'tab20' else (v % 10 + .5)/10

@@ -133,7 +133,7 @@ def _panels(
 
 # %% ../nbs/80_report.ipynb #2da2b039
 AXES = dict(pairs='labeled pairs', cost='cost of the labels')
-_NAMES = dict(miou='mIoU', parts_miou='mIoU', max_iou='best IoU', odsf='odsF', rmse='RMSE', angle='mean angle')
+_NAMES = dict(miou='mIoU', parts_miou='mIoU', max_iou='best IoU', odsf='odsF', odsf_nyuv2='odsF', rmse='RMSE', angle='mean angle')
 
 def _metric_title(row)->str: # of `spread`
     unit = f' ({row.unit})' if row.unit else ''

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINECT', 'WINDOW', 'PERSON', 'DERIVATIONS', 'NYU40', 'NYU_TASKS', 'NYU_LICENCE', 'NYU_MAT', 'MAT_KEYS', 'MAT_ERRORS',
-           'COMPANIONS', 'prepare_rooms', 'normals_from_depth', 'thin', 'edges_from_ids', 'person_from_parts',
-           'Derivation', 'classes_from_one', 'nyuv2_mat']
+           'COMPANIONS', 'prepare_rooms', 'normals_from_depth', 'edges_from_ids', 'person_from_parts', 'Derivation',
+           'classes_from_one', 'nyuv2_mat']
 
-# %% ../../nbs/12_data.sources.ipynb #ba8c183e
+# %% ../../nbs/12_data.sources.ipynb #9b261322
 import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -18,6 +18,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from scipy.ndimage import distance_transform_edt, laplace, uniform_filter
 
+from ..boundaries import thin
 from ..core import Task, semseg_task, standard_task
 from .rooms import ROOM_TASKS, render_room, room_ids
 from .store import Store, unit_or_void, write_store
@@ -60,24 +61,6 @@ def normals_from_depth(
     flat = seen & (det > 1e-3/fx**4) & (n*side**2 > 3.5)
     a, b = (np.divide(x, det, where=flat, out=np.zeros((h, w))) for x in (uq*vv - vq*uv, vq*uu - uq*uv))
     return unit_or_void(np.stack([-a, b, mq - a*mu - b*mv], 2)*flat[..., None], slack=np.inf)
-
-# %% ../../nbs/12_data.sources.ipynb #8fdafa12
-_AROUND = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)) # neighbors of a pixel from the right, counterclockwise
-
-def thin(
-    mask:np.ndarray, # (H, W) bool
-)->np.ndarray: # (H, W) bool
-    "The skeleton of `mask`: lines of one pixel with the same connections"
-    m = np.pad(mask.astype(bool), 1)
-    while True:
-        before = m.sum()
-        for first in (0, 4): # take from one side, then from the other
-            x = [np.roll(m, (-dy, -dx), (0, 1)) for dy, dx in _AROUND[first:] + _AROUND[:first]]
-            crossings = sum((~x[i] & (x[i + 1] | x[(i + 2)%8])).astype(np.int8) for i in (0, 2, 4, 6))
-            pairs = [sum((x[i] | x[(i + 1)%8]).astype(np.int8) for i in range(k, 8, 2)) for k in (0, 1)]
-            n = np.minimum(*pairs)
-            m = m & ~((crossings == 1) & (n >= 2) & (n <= 3) & ~((x[1] | x[2] | ~x[7]) & x[0]))
-        if m.sum() == before: return m[1:-1, 1:-1]
 
 # %% ../../nbs/12_data.sources.ipynb #8126c467
 def edges_from_ids(
