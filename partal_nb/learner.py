@@ -123,7 +123,7 @@ def train_step(
     optimizer.step()
     return loss.detach()
 
-# %% ../nbs/30_learner.ipynb #5ee6f3af
+# %% ../nbs/30_learner.ipynb #32e26381
 def train(
     model:PADNet,         # is trained in place
     arrays:Arrays,        # the pool, N images
@@ -138,7 +138,9 @@ def train(
     path, acc = Path(path), make_accelerator(config)
     part, total = path.with_suffix('.part'), plan_steps(config, known)
     model.to(acc.device)
-    if path.exists(): return load_checkpoint(path, model)
+    if path.exists():
+        part.unlink(missing_ok=True) # where the kill came between the two
+        return load_checkpoint(path, model)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     about = load_checkpoint(part, model, optimizer) if part.exists() else dict(steps=0, seconds=0., losses=[])
     net, opt = acc.prepare(model, optimizer)
