@@ -149,7 +149,7 @@ def test_killed_at_any_moment(tmp_path):
     assert Child(config, tmp_path/'whole').end() == (0, '')
     folder, states = tmp_path/'run', []
     for n in count(1):
-        code, error = Child(config, folder).end(.06*n)
+        code, error = Child(config, folder).end(.03*n)
         if code == 0: break
         assert (code, error) == (-signal.SIGKILL, '')
         states.append(tuple(contents(folder)) if folder.exists() else ())
