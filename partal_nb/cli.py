@@ -6,13 +6,12 @@
 __all__ = ['app', 'Preset', 'Changes', 'kernel_app', 'partal', 'plain_errors', 'parse_changes', 'config', 'template', 'execute',
            'run', 'strategies', 'prepare', 'check', 'report', 'kernel_install']
 
-# %% ../nbs/90_cli.ipynb #c4732dfd
+# %% ../nbs/90_cli.ipynb #3a21d683
 import json
 import os
 import shlex
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 

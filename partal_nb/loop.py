@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['about_machine', 'split_images', 'Run', 'check_run', 'load_data', 'open_run', 'read_scores', 'run', 'load_model']
 
-# %% ../nbs/60_loop.ipynb #ee154fc0
+# %% ../nbs/60_loop.ipynb #40a8cac3
 import io
 import json
 import os
@@ -32,7 +32,7 @@ from .journal import Steps, append_journal, read_journal
 from .learner import Constant, evaluate, load_checkpoint, save_checkpoint, train
 from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
-from .select.strategy import STRATEGIES, Pool, Scores, get_strategy, select
+from .select.strategy import Pool, Scores, get_strategy, select
 from .uncertainty.score import fit_normalizer, score_pool
 
 # %% ../nbs/60_loop.ipynb #b97853d6

@@ -17,13 +17,12 @@ from scipy.io import loadmat, savemat
 from scipy.ndimage import binary_dilation, maximum_filter, minimum_filter
 from torch import nn
 
-from partal_nb.core import preset
 from partal_nb.data import store as store_module
 from partal_nb.data.folders import FORMS, INDOOR, Folder, merged_parts, read_folder
 from partal_nb.data.prepare import check, detect, open_data, open_source
 from partal_nb.data.rooms import ROOM_TASKS, render_room, room_scene
 from partal_nb.data.sources import NYU40, edges_from_ids, normals_from_depth, prepare_rooms
-from partal_nb.data.store import Store, load_arrays, png_bytes, verify, write_store
+from partal_nb.data.store import Store, load_arrays, verify, write_store
 from partal_nb.data.transforms import Moves, augment, move
 from partal_nb.learner import train_step
 from partal_nb.losses import total_loss

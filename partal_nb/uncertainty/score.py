@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['entropy_maps', 'score_pool', 'Normalizer', 'fit_normalizer']
 
-# %% ../../nbs/42_uncertainty.score.ipynb #2e7e4b0d
+# %% ../../nbs/42_uncertainty.score.ipynb #fd1e4ef0
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
