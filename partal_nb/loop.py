@@ -232,7 +232,7 @@ def _train_all(run:Run, r:int)->tuple[list[PADNet], dict]: # the networks that t
         for i, m in enumerate(others): load_checkpoint(snapshot_path(run.file('round-{}.safetensors', r), i), m)
     return [model, *others], trained
 
-# %% ../nbs/60_loop.ipynb #642e27f0
+# %% ../nbs/60_loop.ipynb #3411491e
 def _measure(run:Run, r:int, models:list[PADNet])->dict:
     model = models[0]
     found = dict(metrics=evaluate(model, run.test, progress=run.progress))
@@ -240,9 +240,16 @@ def _measure(run:Run, r:int, models:list[PADNet])->dict:
     if 'injection' in run.config.also and r == run.config.rounds:
         found['injected'] = {'+'.join(names): evaluate(model, run.test, names, progress=False) for names in _subsets(run.pool.tasks)}
     if 'quality' in run.config.also:
-        found['quality'] = uncertainty_quality(models, run.test, run.config.passes, derive_seed(run.config.seed, 'quality', r),
-                                               run.config.estimator, _measure_name(run.config))
+        found['quality'] = {str(T): _quality(run, r, models, T) for T in _passes(run.config)}
     return found
+
+def _quality(run:Run, r:int, models:list[PADNet], T:int)->dict:
+    cfg = run.config
+    return uncertainty_quality(models, run.test, T, derive_seed(cfg.seed, 'quality', r), cfg.estimator, _measure_name(cfg))
+
+def _passes(config:RunConfig)->tuple[int, ...]: # of dropout: half of them and twice as many, too, to see what they buy
+    if config.estimator == 'mc_dropout': return max(2, config.passes//2), config.passes, 2*config.passes
+    return (2 if config.estimator == 'inconsistency' else config.members,)
 
 def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave somebody to be told
     names = [t.name for t in tasks]
