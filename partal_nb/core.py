@@ -122,7 +122,7 @@ class DataConfig:
     val_images:int=0             # measure on so many images held out of train, not on test: for choosing anything by its metrics
     augment:str='nyuv2'          # `nyuv2`: flip and zoom; `pascal`: flip, rotate, scale; `flip`; `none`
 
-# %% ../nbs/00_core.ipynb #e131ff30
+# %% ../nbs/00_core.ipynb #bd7ede70
 @dataclass(frozen=True)
 class BuyConfig:
     "What is bought, and why"
@@ -135,6 +135,12 @@ class BuyConfig:
     estimator:str='mc_dropout'   # what the passes differ by; also `masksembles`, `ensemble`, `snapshots`, `inconsistency`
     members:int=4                # networks of an ensemble, snapshots of one training, masks of Masksembles
     normalizer:str='minmax'      # frozen first-round min-max (paper, section 3.2); also `quantile`, `anchor`, `rank`, `refit`, `none`
+    step_money:float=0.          # money spent a round in place of `step_pairs`, in `price_unit`; 0: the budget counts pairs
+    per_price:bool=False         # of `step_money`: by score per price; off: along the strategy's ranking, whatever a label costs
+    prices:tuple[str, ...]=()    # `semseg=9`: its price; `normals=depth`: they come free with depth; not mentioned: the data set's `Task.cost`
+    open_price:float=0.          # of an image, paid once, with its first label
+    label_cap:int=0              # labels of an image that are paid for at most, the start aside; 0: all of them
+    price_unit:str='labels'      # of all prices, for display: `min`, `EUR`
 
 # %% ../nbs/00_core.ipynb #14332f49
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class TrainConfig:
     precision:str='auto'         # `auto`: bf16 on a GPU that has it, else fp32; or `fp32`, `bf16`
     device:str='auto'            # `auto`: a GPU if there is one; or any torch device
 
-# %% ../nbs/00_core.ipynb #386e1a17
+# %% ../nbs/00_core.ipynb #f04c7a44
 @dataclass(frozen=True)
 class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     "All that decides the result of a run"
@@ -172,21 +178,21 @@ class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     seed:int=0                   # start images, initial weights, augmentation, dropout and ties all follow from it
 
     def __post_init__(self):
-        for name in ('tasks', 'also'):
+        for name, e_g in dict(tasks='depth', also='injection', prices='depth=0.5').items():
             v = getattr(self, name)
             if isinstance(v, str) or not isinstance(v, Iterable):
-                raise TypeError(f'config {name}: expected a list of names, e.g. ["depth"], got {json.dumps(v)}')
+                raise TypeError(f'config {name}: expected a list of names, e.g. ["{e_g}"], got {json.dumps(v)}')
             object.__setattr__(self, name, tuple(v))
         _check_config(self)
 
-# %% ../nbs/00_core.ipynb #2f2d311c
+# %% ../nbs/00_core.ipynb #671cad99
 _CHOICES = dict(dropout_at=('heads', 'all'), train_by=('epochs', 'steps', 'looks'), augment=('nyuv2', 'pascal', 'flip', 'none'),
                 precision=('auto', 'fp32', 'bf16'), dropout_kind=('element', 'channel'), message=('prediction', 'features'),
                 estimator=('mc_dropout', 'masksembles', 'ensemble', 'snapshots', 'inconsistency'),
                 normalizer=('minmax', 'quantile', 'anchor', 'rank', 'refit', 'none'))
 _ALSO = 'injection', 'quality'
 _AT_LEAST = dict(seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, start_images=1, step_pairs=1, rounds=0, features=8,
-                 passes=2, members=2, train_for=1, batch_size=2, lr=0, weight_decay=0, poly_power=0)
+                 passes=2, members=2, train_for=1, batch_size=2, lr=0, weight_decay=0, poly_power=0, step_money=0, open_price=0, label_cap=0)
 
 def _check_config(c:RunConfig):
     for f in fields(c):
@@ -201,6 +207,7 @@ def _check_config(c:RunConfig):
     for k in ('dropout', 'inject_prob', 'pseudo'):
         if not 0 <= getattr(c, k) < 1: raise ValueError(f"config {k}: expected a share in [0, 1), got {getattr(c, k)}")
     if unknown := sorted(set(c.also) - set(_ALSO)): raise ValueError(f"config also: unknown {unknown}; there are {list(_ALSO)}")
+    if c.per_price and not c.step_money: raise ValueError("config per_price: scores per price need a budget in money; set step_money")
     if repeated := [t for t in set(c.tasks) if c.tasks.count(t) > 1]: raise ValueError(f"config tasks: {repeated} named twice")
 
 # %% ../nbs/00_core.ipynb #18165950
@@ -231,9 +238,10 @@ def config_from_dict(
     if unknown := sorted(set(d) - set(known)): raise ValueError(f"unknown config keys {unknown}; there are {known}")
     return RunConfig(**d)
 
-# %% ../nbs/00_core.ipynb #731c9d65
+# %% ../nbs/00_core.ipynb #3d49e99a
 _WHERE = ('data', 'device')
-_YOUNGER = dict(also=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element', message='prediction', pseudo=0.)
+_YOUNGER = dict(also=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element', message='prediction', pseudo=0.,
+                step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels') # and what they did
 
 def config_hash(
     c:RunConfig, # a configuration

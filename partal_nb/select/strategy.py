@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'NEEDS', 'Pool', 'Scores', 'Picks', 'top_pairs', 'top_images', 'strategy', 'get_strategy', 'partal',
            'partal_raw', 'rank_sum', 'rbal', 'random_images', 'random_pairs', 'bald_pairs', 'inconsistency',
-           'partal_floor', 'learning_loss', 'select']
+           'partal_floor', 'learning_loss', 'coreset', 'select']
 
-# %% ../../nbs/50_select.strategy.ipynb #683063ea
+# %% ../../nbs/50_select.strategy.ipynb #db297039
 from dataclasses import dataclass
 from typing import Callable
 
@@ -15,6 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from ..core import Pair, Task
+from .coreset import k_center
 
 # %% ../../nbs/50_select.strategy.ipynb #99fdea05
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,20 @@ def learning_loss(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)
     "All open pairs of the images with the largest foretold loss"
     return top_images(np.where(pool.open, scores.raw, -np.inf).max(1), pool, budget, rng)
 
-# %% ../../nbs/50_select.strategy.ipynb #8b9591b2
+# %% ../../nbs/50_select.strategy.ipynb #c9b68bdd
+@strategy('coreset', needs='features')
+def coreset(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)->Picks:
+    "All open pairs of the images that cover the feature space: k-center greedy from the labelled ones"
+    counts = pool.open.sum(1)
+    candidates, covered = np.flatnonzero(counts), np.flatnonzero(pool.labelled.any(1))
+    need = 1 + np.searchsorted(np.sort(counts[candidates]).cumsum(), budget) # images that are sure to spend it
+    rows = np.concatenate([covered, candidates])
+    order = k_center(scores.features[rows], np.arange(len(covered)), int(need), [pool.images[n] for n in rows]) - len(covered)
+    value = np.zeros(len(counts))
+    value[candidates[order]] = np.arange(len(order), 0, -1)
+    return top_images(value, pool, budget, rng)
+
+# %% ../../nbs/50_select.strategy.ipynb #e131e1e6
 def select(
     name:str,              # of a strategy
     scores:Scores|None,    # None for strategies that need none
@@ -230,6 +244,8 @@ def select(
     if f.needs and scores is None: raise ValueError(f"strategy {name!r} needs scores; score the pool first")
     if scores is not None and scores.raw.shape != pool.open.shape:
         raise ValueError(f"scores are {scores.raw.shape}, the pool is {pool.open.shape}; score this pool")
+    if f.needs == 'features' and scores.features is None:
+        raise ValueError(f"strategy {name!r} needs the images' features; pass Scores(raw, norm, features)")
     picks = f(scores, pool, budget, rng)
     if picks.index.shape != (budget, 2) or picks.score.shape != (budget,):
         raise ValueError(f"strategy {name!r}: expected ({budget}, 2) positions and ({budget},) scores, "
