@@ -57,9 +57,10 @@ class Picks:
     def __len__(self): return len(self.index)
     def pairs(self, pool:Pool)->list[Pair]: return [Pair(pool.images[n], pool.tasks[k].name) for n, k in self.index]
 
-# %% ../../nbs/50_select.strategy.ipynb #97b7a22b
+# %% ../../nbs/50_select.strategy.ipynb #5de2a591
 def _check_budget(pool, budget):
     n = int(pool.open.sum())
+    if not n: raise ValueError(f"budget of {budget} pairs, but none of {pool.open.size} is open: all are labelled or not available; enlarge the pool")
     if not 1 <= budget <= n:
         raise ValueError(f"budget of {budget} pairs, but {n} of {pool.open.size} are open; ask for 1 to {n}, or enlarge the pool")
 
