@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Part', 'part_html', 'write_report']
 
-# %% ../nbs/84_page.ipynb #5ea7ca61
+# %% ../nbs/84_page.ipynb #23380b77
 import base64
 import html
+import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,23 +78,26 @@ def _curves(study:Study)->list[Part]:
         return parts + [Part('Curves against money', f'Every label had the same price, {price.iloc[0]:g}: against money the picture is the same.')]
     return parts + [Part('Curves against money', 'The same against what the labels cost.', _by_task(df, 'cost', full), data=s)]
 
-# %% ../nbs/84_page.ipynb #e92ea9ef
+# %% ../nbs/84_page.ipynb #e4649534
 def _wide(study:Study, values:pd.DataFrame)->pd.DataFrame: # a row a strategy, a column a task, `mean ± std` over seeds
     titles = {r.task: f'{r.task}, {metric_title(r)}' for r in values.drop_duplicates('task').itertuples()}
     of = values.groupby(['strategy', 'task']).value.agg(['mean', 'std', 'count'])
     rows = [{'strategy': s, 'seeds': int(of.loc[s]['count'].min())} | {title: _spread(of.loc[s, task]) for task, title in titles.items()}
             for s in styles(values.strategy)]
-    full = study.reference()
-    if full: rows.append({'strategy': 'all labels', 'seeds': len(study.full)} | {title: _number(*full[task].values()) for task, title in titles.items()})
+    if full := study.reference():
+        rows.append({'strategy': 'all labels', 'seeds': len(study.full)} | {title: _number(*full[task].values()) for task, title in titles.items()})
     return pd.DataFrame(rows)
 
-def _spread(row:pd.Series)->str: return _number(row['mean']) + ('' if pd.isna(row['std']) else f' ± {_number(row["std"])}')
+def _spread(row:pd.Series)->str: # two digits of the spread, and as many decimals of the mean
+    if not row['std'] > 0: return _number(row['mean'])
+    decimals = max(0, 1 - math.floor(math.log10(row['std'])))
+    return f'{row["mean"]:.{decimals}f} ± {row["std"]:.{decimals}f}'
 
 def _wide_distance(study:Study)->pd.DataFrame: # a row a strategy, a column a task, `mean ± std (paper)`
     d = distance_table(study)
     d['text'] = [_spread(r) + ('' if pd.isna(r.paper) else f' ({_number(r.paper)})') for _, r in d.iterrows()]
     d['task'] = [f'{t}, {u}' for t, u in zip(d.task, d.unit)]
-    return d.pivot(index='strategy', columns='task', values='text').loc[list(styles(d.strategy)), list(dict.fromkeys(d.task))].reset_index()
+    return d.pivot(index='strategy', columns='task', values='text').loc[list(styles(d.strategy)), list(dict.fromkeys(d.task))].reset_index().rename_axis(columns=None)
 
 def _results(study:Study)->list[Part]:
     last_round = results_table(study.table)
@@ -153,11 +157,12 @@ def _where(study:Study)->list[Part]:
     return [*parts, Part('Training length', f'Optimizer steps of each round, mean over seeds. {length_note(runs)}', table=training_length(runs)),
             Part('Time', 'Seconds of each round, mean over seeds.', each(timing), data=seconds)]
 
-# %% ../nbs/84_page.ipynb #d149b333
+# %% ../nbs/84_page.ipynb #9bf5d374
 _STYLE = """body{font:16px/1.5 sans-serif;max-width:1240px;margin:1.5em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}p{max-width:75ch}
 table{border-collapse:collapse;font-size:.85em}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-.wide{overflow-x:auto}.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:.5em}.figure{min-width:0;height:400px}
+.wide{overflow-x:auto}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:.5em}.figure{min-width:0;height:400px}
 a.data{font-size:.85em;margin-right:1em}code{font-size:.8em;background:#f3f3f3;overflow-wrap:anywhere}li{margin:.4em 0}"""
 
 def _made_by(runs:Iterable[Run])->str:
