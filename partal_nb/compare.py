@@ -75,18 +75,23 @@ def needed(
         return math.nan
     return _each(_common(df), first).assign(metric=f'{AXES[x]}, needed', unit='', lower_is_better=True)
 
-# %% ../nbs/83_compare.ipynb #194a418d
+# %% ../nbs/83_compare.ipynb #16958dd2
 def needed_table(
     df:pd.DataFrame,         # of `read_runs`
     baseline:str='random',   # whose last quality is to be reached
-)->pd.DataFrame: # a row a task and strategy: labels and money, mean over seeds that get there, how many do, and the share of the baseline's
+)->pd.DataFrame: # a row a task and strategy: labels and money of the mean curve, as shares of the baseline's, and how many seeds get there
     "Labels and money that each strategy needs for the quality that a baseline ends with"
-    level = levels(df, baseline)
-    found = {x: needed(df, level, x).groupby(['task', 'strategy'], sort=False).value.agg(['mean', 'count', 'size']) for x in AXES}
-    table = pd.DataFrame(dict(quality=found['pairs'].index.get_level_values('task').map(level), labels=found['pairs']['mean'],
-                              money=found['cost']['mean'], reached=found['pairs']['count'], seeds=found['pairs']['size']))
-    own = lambda c: table.index.get_level_values('task').map(table[c].xs(baseline, level='strategy'))
-    return table.assign(labels_share=table.labels/own('labels'), money_share=table.money/own('money'))
+    level, own = levels(df, baseline), needed(df, levels(df, baseline))
+    curve = _common(df).groupby([*COLUMNS[:1], *COLUMNS[2:-1], 'round'], sort=False)[['pairs', 'cost', 'value']].mean().reset_index()
+    curve = curve.assign(seed=0, run=curve.strategy, main=True)
+    at = {x: needed(curve, level, x).set_index(['task', 'strategy']).value for x in AXES}
+    seeds = own.groupby(['task', 'strategy']).value
+    table = pd.DataFrame(dict(labels=at['pairs'], money=at['cost'], reached=seeds.count(), seeds=seeds.size()))
+    order = [(task, s) for task in level for s in styles(df.strategy)]
+    table = table.loc[order]
+    table.insert(0, 'quality', [level[task] for task, _ in order])
+    share = lambda c: table[c]/[table.loc[(task, baseline), c] for task, _ in order]
+    return table.assign(labels_share=share('labels'), money_share=share('money'))
 
 # %% ../nbs/83_compare.ipynb #b7e1d47b
 def interval(
@@ -121,7 +126,7 @@ def sign_flip(
     n = len(d)
     return float(stats.permutation_test((d,), np.mean, permutation_type='samples', n_resamples=np.inf if n <= 16 else 99_999).pvalue)
 
-# %% ../nbs/83_compare.ipynb #ea3a9fc3
+# %% ../nbs/83_compare.ipynb #461c0a4a
 def paired(
     values:pd.DataFrame, # of `last`, `area` or `needed`
     a:str,               # a strategy
@@ -135,7 +140,7 @@ def paired(
     for (task, metric, unit, lower), d in values.groupby(['task', 'metric', 'unit', 'lower_is_better'], sort=False):
         seeds = d.pivot(index='seed', columns='strategy', values='value')[[a, b]].dropna()
         diff = (seeds[b] - seeds[a] if lower else seeds[a] - seeds[b]).to_numpy()
-        rows.append(dict(task=task, metric=metric, unit=unit, a=a, b=b, **_test(diff, level)))
+        rows.append(dict(task=task, metric=metric, unit=unit, lower=lower, a=a, b=b, **_test(diff, level)))
     return pd.DataFrame(rows)
 
 def _test(d:np.ndarray, level:float)->dict:

@@ -78,7 +78,7 @@ def _curves(study:Study)->list[Part]:
         return parts + [Part('Curves against money', f'Every label had the same price, {price.iloc[0]:g}: against money the picture is the same.')]
     return parts + [Part('Curves against money', 'The same against what the labels cost.', _by_task(df, 'cost', full), data=s)]
 
-# %% ../nbs/84_page.ipynb #e4649534
+# %% ../nbs/84_page.ipynb #a6206933
 def _wide(study:Study, values:pd.DataFrame)->pd.DataFrame: # a row a strategy, a column a task, `mean ± std` over seeds
     titles = {r.task: f'{r.task}, {metric_title(r)}' for r in values.drop_duplicates('task').itertuples()}
     of = values.groupby(['strategy', 'task']).value.agg(['mean', 'std', 'count'])
@@ -97,7 +97,8 @@ def _wide_distance(study:Study)->pd.DataFrame: # a row a strategy, a column a ta
     d = distance_table(study)
     d['text'] = [_spread(r) + ('' if pd.isna(r.paper) else f' ({_number(r.paper)})') for _, r in d.iterrows()]
     d['task'] = [f'{t}, {u}' for t, u in zip(d.task, d.unit)]
-    return d.pivot(index='strategy', columns='task', values='text').loc[list(styles(d.strategy)), list(dict.fromkeys(d.task))].reset_index().rename_axis(columns=None)
+    wide = d.pivot(index='strategy', columns='task', values='text').loc[list(styles(d.strategy)), list(dict.fromkeys(d.task))]
+    return wide.reset_index().rename_axis(columns=None)
 
 def _results(study:Study)->list[Part]:
     last_round = results_table(study.table)
@@ -117,7 +118,14 @@ def _all_tasks(study:Study)->list[Part]:
     return [Part(f'All tasks in one number, against {name}', f'{what} {name}.', _by_task(mtl, 'pairs', {}), data=spread(mtl))
             for of, name in found for mtl in [multi_task(study, of)]]
 
-# %% ../nbs/84_page.ipynb #ee8440ea
+# %% ../nbs/84_page.ipynb #6df72d33
+def _verdicts(tests:pd.DataFrame)->pd.DataFrame: # what a reader looks for in the rows of `paired`
+    gap = [f'{r.mean:+.3g} [{r.low:+.3g}, {r.high:+.3g}]' if r.seeds > 1 else f'{r.mean:+.3g}' for r in tests.itertuples()]
+    seeds = ['–' if pd.isna(n) else 'over 1000' if np.isinf(n) else f'{n:.0f}' for n in tests.seeds_needed]
+    task = [f'{r.task}, {metric_title(r)}' for r in tests.assign(lower_is_better=tests.lower).itertuples()]
+    return pd.DataFrame({'task': task, 'against': tests.b, 'ahead by [95 %]': gap, 'p (t)': tests.p_t, 'p (exact)': tests.p_flip,
+                         'seeds': tests.seeds, 'seeds needed': seeds, 'verdict': tests.verdict})
+
 def _tests(study:Study, ours:str, baseline:str)->list[Part]:
     df = pd.concat([study.table, *(multi_task(study, of) for of in ('full',) if study.reference(of))])
     others = [s for s in styles(df.strategy) if s != ours]
@@ -127,9 +135,9 @@ def _tests(study:Study, ours:str, baseline:str)->list[Part]:
     for title, values in numbers.items():
         tests = pd.concat([paired(values, ours, other) for other in others], ignore_index=True)
         parts.append(Part(f'{title}: {ours} against the others', f'Differences seed by seed, above 0 where {ours} is better, with 95 % intervals. '
-                          f'{what_follows(tests)} {length_note(study.runs)}', table=tests))
+                          f'{what_follows(tests)} {length_note(study.runs)}', table=_verdicts(tests), data=tests))
     if baseline in others and df['round'].nunique() > 1:
-        text = f'To get where {baseline} ends; means over the seeds that get there.'
+        text = f'To get where {baseline} ends: where the mean curve does, its share of what {baseline} needs, and how many seeds do.'
         parts.append(Part('Labels and money needed', text, table=needed_table(df, baseline)))
     return parts
 
