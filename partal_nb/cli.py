@@ -204,7 +204,7 @@ def prepare(
         store = prepare(source, out, layout, **(dict(derive=derive) if derive else {}))
         typer.echo(f'{store.name}: {", ".join(f"{len(ids)} {split}" for split, ids in store.splits.items())} images, tasks {", ".join(store.tasks)}')
 
-# %% ../nbs/90_cli.ipynb #4e624107
+# %% ../nbs/90_cli.ipynb #57152baa
 @app.command()
 def check(
     out:Annotated[Path, typer.Argument(help="A prepared data set, or a folder in a known layout.")],
@@ -220,11 +220,11 @@ def check(
 
 @app.command()
 def report(
-    runs:Annotated[list[Path], typer.Argument(help="Run folders, in any number.")],
+    runs:Annotated[list[Path], typer.Argument(help="Run folders, and folders of run folders, in any number.")],
     out:Annotated[Path, typer.Option(help="HTML page to write.")]=Path('report.html'),
 ):
-    "Compare runs: curves, purchases and a table as one HTML page."
-    from partal_nb.report import write_report
+    "Compare runs: curves, tests, purchases and tables as one HTML page."
+    from partal_nb.page import write_report
     with plain_errors(): typer.echo(write_report(runs, out))
 
 # %% ../nbs/90_cli.ipynb #0b91a915
