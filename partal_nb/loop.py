@@ -13,6 +13,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -78,6 +79,7 @@ class Run:
     test:Arrays      # images that metrics are measured on
     ledger:Ledger
     progress:bool=True
+    load:float=0.    # seconds that opening it took, until a line of the journal has told them
 
     def file(self, pattern:str, round:int)->Path: return self.folder/pattern.format(round)
 
@@ -200,7 +202,7 @@ def open_run(
     progress:bool=True, # show bars
 ):  # yields a `Run`
     "Open a run folder; nobody else can while it is open"
-    folder = Path(folder)
+    folder, began = Path(folder), time.perf_counter()
     check_run(config, folder, progress)
     store, pool, test = load_data(config, progress)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +211,7 @@ def open_run(
         for torn in folder.glob('.*.part'): torn.unlink() # by a kill in the middle of `write_atomic`
         with Ledger(folder/'ledger.db', pool.images, pool.tasks) as ledger:
             _check_labels(ledger, pool)
-            yield Run(folder, config, pool, test, ledger, progress)
+            yield Run(folder, config, pool, test, ledger, progress, time.perf_counter() - began)
 
 # %% ../nbs/60_loop.ipynb #c2571aeb
 def _start_images(config:RunConfig, available:np.ndarray)->np.ndarray: # (start_images,) rows of the pool
@@ -365,9 +367,10 @@ def _round(run:Run, r:int):
         _reveal(run, [Pair(image, task) for image, task, _ in picks], r + 1, 'oracle')
     append_journal(run.folder, dict(
         round=r, labels=run.ledger.counts(r), cost=run.ledger.spent(r), bought={} if last else _count(picks, run), **found,
-        seconds=dict(train=round(trained['seconds'], 3), **steps.seconds), peak_memory_mb=_peak_memory(run.config),
+        seconds=dict(load=round(run.load, 3), train=round(trained['seconds'], 3), **steps.seconds), peak_memory_mb=_peak_memory(run.config),
         steps=trained['steps'], loss=trained['loss']))
     steps.path.unlink()
+    run.load = 0.
 
 def _count(picks:list, run:Run)->dict[str, int]:
     return {t.name: sum(task == t.name for _, task, _ in picks) for t in run.pool.tasks}
