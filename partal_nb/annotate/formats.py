@@ -108,18 +108,18 @@ def open_zip(
                                         "yourself and give the folder, or split it")
     return opened
 
-# %% ../../nbs/81_annotate.formats.ipynb #f93859e9
+# %% ../../nbs/81_annotate.formats.ipynb #10bc82de
 class Parcel:
     "Files that came back, by their names"
     def __init__(self, path): # folder, zip or one file
         self.path, self.refused, self._zip = Path(path), {}, None
         if not self.path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
-        if self.path.is_dir(): names = [p.relative_to(self.path).as_posix() for p in sorted(self.path.rglob('*')) if not p.is_dir()]
+        if self.path.is_dir(): names = [p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if not p.is_dir()]
         elif self.path.suffix.lower() == '.zip':
             self._zip = open_zip(path)
             names = [m.filename for m in self._zip.infolist() if not m.is_dir()]
         else: self.path, names = self.path.parent, [self.path.name]
-        self.names = [n for n in names if not any(part[0] == '.' and part != '..' or part == '__MACOSX' for part in PurePosixPath(n).parts)]
+        self.names = [n for n in sorted(names) if not any(part[0] == '.' and part != '..' or part == '__MACOSX' for part in PurePosixPath(n).parts)]
         self.names = [n for n in self.names if self._stays(n)]
         tops = {PurePosixPath(n).parts[0] for n in self.names}
         wrapped = self._zip and len(tops) == 1 and '/' in self.names[0]
@@ -767,16 +767,15 @@ def write_coco(folder, task:Task, queries:Iterable[Query])->list[str]:
     (Path(folder)/'labels').mkdir(exist_ok=True)
     return images
 
-# %% ../../nbs/81_annotate.formats.ipynb #8b34adc2
+# %% ../../nbs/81_annotate.formats.ipynb #8dc4646f
 def _coco_image(parcel, task, names, annotations, image, where):
     where = f'{where}, image {image}'
     def read(size):
         try:
             panoptic = 'segments_info' in annotations[0]
-            masks = list((_panoptic if panoptic else _instances)(parcel, names, annotations, size, where))
+            return paint_masks((_panoptic if panoptic else _instances)(parcel, names, annotations, size, where), task, size, where)
         except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as e:
             raise ValueError(f"{where}: not as COCO writes it ({e!r}); export it again") from e
-        return paint_masks(masks, task, size, where)
     return image, where, read
 
 # %% ../../nbs/81_annotate.formats.ipynb #c082a056
