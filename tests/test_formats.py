@@ -33,7 +33,7 @@ def queries(source, name, n=3): # whose guess is the truth
         yield Query(i, task, rgb, label, np.random.default_rng(0).random(rgb.shape[:2]))
 
 def play(format, folder, task): # an annotator who takes every guess as it is; where the answers are
-    if format == 'cvat': return folder/'guess.zip'
+    if format == 'cvat': return folder/'guess/guess.zip'
     if format != 'label-studio':
         shutil.copytree(folder/'guess', folder/'labels', dirs_exist_ok=True)
         return folder
@@ -235,7 +235,7 @@ def test_datumaro_reads_what_we_write_and_we_read_what_it_writes(shared, tmp_pat
     source, kind, out = tmp_path/'in', 'voc_segmentation' if format == 'cvat' else 'coco_instances', tmp_path/'out'
     out.mkdir()
     FORMATS[format].write(tmp_path/'q', task, asked)
-    if format == 'cvat': zipfile.ZipFile(tmp_path/'q/guess.zip').extractall(source)
+    if format == 'cvat': zipfile.ZipFile(tmp_path/'q/guess/guess.zip').extractall(source)
     else:
         for folder in ('annotations', 'images'): (source/folder).mkdir(parents=True)
         shutil.copy(tmp_path/'q/guess/instances.json', source/'annotations/instances_default.json')
