@@ -1,5 +1,8 @@
-"The ledger under two writers at once, `kill -9` in the middle of a round, a limit on file size, and a race for the same pair"
+"The ledger under two writers at once, `kill -9` at every step, a limit on file size, random histories, and files of an earlier version"
+import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -8,14 +11,14 @@ import numpy as np
 import pytest
 
 from partal_nb.core import Pair, semseg_task, standard_task
-from partal_nb.data.ledger import Ledger
+from partal_nb.data.ledger import AFTER, Entry, Ledger, replay
 
 TASKS = semseg_task(['wall', 'floor'], cost=5), standard_task('depth', cost=.5)
 IMAGES = tuple(f'{n:05d}' for n in range(4000))
 HEAD = """
 import os, resource, signal, sys, time
 from partal_nb.core import Pair, semseg_task, standard_task
-from partal_nb.data.ledger import Ledger
+from partal_nb.data.ledger import Entry, Ledger
 path, first, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 tasks = semseg_task(['wall', 'floor'], cost=5), standard_task('depth', cost=.5)
 images = tuple(f'{n:05d}' for n in range(4000))
@@ -129,3 +132,143 @@ except OSError as e: print(e)
     out, err = w.communicate(timeout=60)
     assert w.returncode == 0 and 'free some space' in out, (out, err)
     assert rounds(tmp_path/'l.db').to_dict() == {0: 10}
+
+# Asked, told, rejected, corrected
+
+def happen(led, rng, batch):
+    "Something that may happen to a ledger, sensible or not"
+    pairs = [Pair(i, t.name) for i in led.images for t in led.tasks]
+    free = [p for p in pairs if led.state().get(p, ('',))[0] in AFTER['asked']]
+    if rng.random() < .3 and free:
+        return led.ask({p: rng.random() for p in rng.sample(free, rng.randint(1, min(4, len(free))))}, batch)
+    some = rng.sample(pairs, rng.randint(1, 2))
+    made = [Entry(*p, reason='dark') if rng.random() < .3 else Entry(*p, sha256=rng.choice('abc'), cost=rng.random(), minutes=1.) for p in some]
+    return led.tell(made, rng.randint(0, batch), rng.choice(['Ann', 'Bob']))
+
+@pytest.mark.parametrize('seed', range(20))
+def test_replay_is_the_state(seed, tmp_path):
+    "After any history the events alone lead to what the ledger says, and so they do in a backup"
+    rng = random.Random(seed)
+    with Ledger(tmp_path/'l.db', [f'{n}' for n in range(12)], TASKS) as led:
+        for batch in range(1, 40):
+            happen(led, rng, batch)
+            if batch % 5 == 0: assert replay(led.events()) == led.state()
+        state, events = led.state(), led.events()
+        assert len(events) > 20 and {*events.kind} >= {'asked', 'told', 'corrected'}
+        told = {p for p, s in state.items() if s.version}
+        assert {Pair(led.images[n], TASKS[k].name) for n, k in np.argwhere(led.labelled())} == told == set(led.labels())
+        assert led.spent() == pytest.approx(events[events.kind != 'asked'].cost.sum())
+        with Ledger(led.backup(tmp_path/'copy.db'), led.images, TASKS) as copy: assert copy.state() == state and copy.events().equals(events)
+
+def test_a_copy_of_the_files(tmp_path):
+    "What a backup program finds, both files of a ledger in use"
+    with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led:
+        led.ask({Pair(i, 'depth'): 1 for i in IMAGES[:9]}, 1)
+        (tmp_path/'b').mkdir()
+        for f in tmp_path.glob('l.db*'): shutil.copy(f, tmp_path/'b')
+        state = led.state()
+    with Ledger(tmp_path/'b/l.db', IMAGES, TASKS) as copy: assert copy.state() == state and len(state) == 9
+
+STEPS = """
+with Ledger(path, images[:30], tasks) as led:
+    if step: led.db.set_progress_handler(lambda: os.kill(os.getpid(), signal.SIGKILL), step)
+    print('asked', led.ask({p: 1. for p in pairs(0, 30)}, 1), flush=True)
+    print('told', len(led.tell([Entry(*p, sha256='a', minutes=1.) for p in pairs(0, 20)], 1)), flush=True)
+    print('rejected', len(led.tell([Entry(*p, reason='dark') for p in pairs(0, 30)[20:]], 1)), flush=True)
+    print('corrected', len(led.tell([Entry(*p, sha256='b') for p in pairs(0, 10)], 1)), flush=True)
+    led.db.set_progress_handler(None, 0)
+"""
+
+def test_kill_at_every_step_of_asking_and_telling(tmp_path):
+    "What was acknowledged is there after `kill -9`, what was not is there whole or not at all, and the same program ends"
+    kinds = [('asked', 30), ('told', 20), ('rejected', 10), ('corrected', 10)]
+    Ledger(tmp_path/'empty.db', IMAGES[:30], TASKS).close()
+    seen, step, code = set(), 300, -signal.SIGKILL
+    while code:
+        path = tmp_path/f'{step}.db'
+        shutil.copy(tmp_path/'empty.db', path)
+        w = start(STEPS, path, step=step)
+        out, err = w.communicate(timeout=60)
+        code = w.returncode
+        assert code in (0, -signal.SIGKILL), err
+        said = [(a, int(n)) for a, n in (line.split() for line in out.splitlines())]
+        with Ledger(path, IMAGES[:30], TASKS) as led:
+            found = led.events().groupby('kind').size().to_dict()
+            assert all(found.get(k) == n for k, n in said) and all(found.get(k, 0) in (0, n) for k, n in kinds), (step, said, found)
+            assert replay(led.events()) == led.state() and led.db.execute('PRAGMA integrity_check').fetchone() == ('ok',)
+        assert start(STEPS, path, step=0).wait(timeout=60) == 0
+        with Ledger(path, IMAGES[:30], TASKS) as led: assert led.events().groupby('kind').size().to_dict() == dict(kinds)
+        seen.add(len(said))
+        step = step*6//5
+    assert seen == {0, 1, 2, 3, 4}
+
+def test_two_tell_at_once(tmp_path):
+    "Both tell 200 answers one by one, half of them of the same pairs with contents of their own: all land, none twice"
+    code = """
+with Ledger(path, images, tasks) as led:
+    for n, p in enumerate(pairs(0, 200)): print(led.tell([Entry(*p, sha256=f'{first if n % 2 else 7}')], 1, f'{first}')[0])
+"""
+    with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led:
+        led.ask({Pair(i, t.name): 1. for i in IMAGES[:100] for t in TASKS}, 1)
+    tellers = [start(code, tmp_path/'l.db', first) for first in (0, 1)]
+    said = [w.communicate(timeout=120)[0].split() for w in tellers]
+    assert all(w.returncode == 0 for w in tellers)
+    both = list(zip(*said))
+    assert all(sorted(b) == (['corrected', 'told'] if n % 2 else ['same', 'told']) for n, b in enumerate(both)) and len(both) == 200
+    with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led:
+        assert led.events().groupby('kind').size().to_dict() == dict(asked=200, told=200, corrected=100)
+        assert replay(led.events()) == led.state()
+
+# Files of an earlier version
+
+FIRST = """CREATE TABLE pool (kind TEXT NOT NULL, position INTEGER NOT NULL, name TEXT NOT NULL, cost REAL,
+                              PRIMARY KEY (kind, position), UNIQUE (kind, name));
+CREATE TABLE events (image TEXT NOT NULL, task TEXT NOT NULL, round INTEGER NOT NULL, cost REAL NOT NULL,
+                     source TEXT NOT NULL, at TEXT NOT NULL, UNIQUE (image, task));
+CREATE TRIGGER pool_DELETE BEFORE DELETE ON pool BEGIN SELECT RAISE(ABORT, 'no'); END;
+CREATE TRIGGER events_UPDATE BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'no'); END;
+CREATE TRIGGER events_DELETE BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'no'); END;
+CREATE TRIGGER events_again BEFORE INSERT ON events WHEN EXISTS (SELECT 1 FROM events WHERE image = NEW.image AND task = NEW.task)
+    BEGIN SELECT RAISE(ABORT, 'no'); END;
+INSERT INTO pool VALUES ('image', 0, '00000', NULL), ('image', 1, '00001', NULL), ('task', 0, 'semseg', 5), ('task', 1, 'depth', .5);
+INSERT INTO events VALUES ('00001', 'depth', 0, .5, 'start', '2026-01-01T00:00:00+00:00'), ('00000', 'semseg', 1, 5, 'oracle', '2026-01-02T00:00:00+00:00');
+PRAGMA journal_mode=WAL;"""
+
+def test_an_earlier_version_opens(tmp_path):
+    with sqlite3.connect(tmp_path/'l.db') as db: db.executescript(FIRST)
+    for _ in range(2):
+        with Ledger(tmp_path/'l.db', IMAGES[:2], TASKS) as led:
+            assert led.events()[['kind', 'image', 'task', 'round', 'cost', 'source']].values.tolist() == [
+                ['told', '00001', 'depth', 0, .5, 'start'], ['told', '00000', 'semseg', 1, 5, 'oracle']]
+            assert led.labelled(0).tolist() == [[False, False], [False, True]] and led.spent() == 5.5
+            assert led.reveal([Pair('00000', 'semseg')], 1, 'oracle') == 0
+            with pytest.raises(sqlite3.IntegrityError, match='append-only'): led.db.execute('DELETE FROM events')
+
+def test_an_update_that_is_killed(tmp_path):
+    "It is what it was, or what it is to be"
+    with sqlite3.connect(tmp_path/'old.db') as db: db.executescript(FIRST)
+    code = """
+import sqlite3
+connect = sqlite3.connect
+def killing(*args, **kw):
+    db = connect(*args, **kw)
+    db.set_progress_handler(lambda: os.kill(os.getpid(), signal.SIGKILL), step)
+    return db
+sqlite3.connect = killing
+Ledger(path, images[:2], tasks)
+"""
+    died = 0
+    for step in (10, 20, 40, 60, 80, 120, 160, 200, 300, 400):
+        path = tmp_path/f'{step}.db'
+        shutil.copy(tmp_path/'old.db', path)
+        w = start(code, path, step=step)
+        _, err = w.communicate(timeout=60)
+        assert w.returncode in (0, -signal.SIGKILL), err
+        died += w.returncode != 0
+        with Ledger(path, IMAGES[:2], TASKS) as led: assert len(led.events()) == 2
+    assert died >= 5
+
+def test_a_newer_version_is_refused(tmp_path):
+    Ledger(tmp_path/'l.db', IMAGES[:2], TASKS).close()
+    with sqlite3.connect(tmp_path/'l.db') as db: db.execute('PRAGMA user_version = 9')
+    with pytest.raises(ValueError, match=r'was written by a newer partal_nb \(form 9'): Ledger(tmp_path/'l.db', IMAGES[:2], TASKS)
