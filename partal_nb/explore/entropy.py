@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['pool_order', 'EntropyView', 'entropy_view', 'entropy_picture', 'EntropyExplorer']
 
-# %% ../../nbs/70_explore.entropy.ipynb #78279d4e
+# %% ../../nbs/70_explore.entropy.ipynb #2869ad30
 import html
 from dataclasses import dataclass
 
 import ipywidgets as w
 import numpy as np
 
-from .view import ESTIMATORS, Bars, Opened, Stage, class_legend, figure, label_cell, map_cell, photo_cell
+from .view import (ESTIMATORS, PASSES, Bars, Opened, Stage, class_legend, control, figure, image_slider, label_cell, map_cell,
+                                    photo_cell, tick)
 from ..look import TASK_COLORS, as_label
 
-# %% ../../nbs/70_explore.entropy.ipynb #ded2a00a
+# %% ../../nbs/70_explore.entropy.ipynb #a23855f5
 def pool_order(
     norm:np.ndarray, # (N, K), normalized scores, NaN where a pair is not open
-    task:int=None,   # which task's score; None: the order of the pool
+    task:int=-1,     # which task's score; -1: the order of the pool
 )->np.ndarray: # (N,) rows of the pool
     "The images in the order in which they are shown"
-    if task is None: return np.arange(len(norm))
+    if task < 0: return np.arange(len(norm))
     return np.argsort(-norm[:, task], kind='stable') # NaN comes last
 
-# %% ../../nbs/70_explore.entropy.ipynb #c32a5f1f
+# %% ../../nbs/70_explore.entropy.ipynb #3122505a
 @dataclass(frozen=True, eq=False)
 class EntropyView:
     "What the explorer shows now"
@@ -38,7 +39,9 @@ class EntropyView:
     values:dict      # task -> (lowest, highest) label value
     raw:tuple        # K scores, nats; None where the pair is labeled
     norm:tuple       # K scores, normalized
+    reach:tuple      # lowest and highest of all normalized scores of the round
 
+# %% ../../nbs/70_explore.entropy.ipynb #28cc1d84
 def entropy_view(
     run:Opened,
     image:int,               # row of the pool
@@ -53,23 +56,29 @@ def entropy_view(
     seen, known, size = look(round), run.known(round, image), run.pool.rgb.shape[1:3]
     scores, number = run.scores(round), lambda v: tuple(None if np.isnan(x) else float(x) for x in v)
     title = f'image {run.pool.images[image]}: ' + (f'{", ".join(known)} known and injected' if known else 'nothing known')
-    return EntropyView(title, np.asarray(run.pool.rgb[image]), run.tasks, {t.name: as_label(t, seen.final[t.name], size) for t in run.tasks}, seen.maps,
-                       look(round - 1).maps if change else {}, run.spans(), run.values(), number(scores.raw[image]), number(scores.norm[image]))
+    labels = {t.name: as_label(t, seen.final[t.name], size) for t in run.tasks}
+    return EntropyView(title, np.asarray(run.pool.rgb[image]), run.tasks, labels, seen.maps, look(round - 1).maps if change else {}, run.spans(),
+                       run.values(), number(scores.raw[image]), number(scores.norm[image]), _reach(scores.norm))
 
-# %% ../../nbs/70_explore.entropy.ipynb #2390ecc3
+def _reach(norm:np.ndarray)->tuple:
+    there = norm[np.isfinite(norm)]
+    return (min(0., there.min()), max(1., there.max())) if len(there) else (0., 1.)
+
+# %% ../../nbs/70_explore.entropy.ipynb #eddc3910
 def _bars(v:EntropyView, scores:tuple, title:str, unit:str, scale:tuple)->Bars:
+    pad = .25*(scale[1] - scale[0]) # for the numbers at the bars
     says = tuple('labeled' if s is None else f'{s:.2f}' for s in scores)
     return Bars(title, tuple(t.name for t in v.tasks), tuple(0 if s is None else s for s in scores), says,
-                tuple(TASK_COLORS.get(t.name, '#777') for t in v.tasks), unit, scale)
+                tuple(TASK_COLORS.get(t.name, '#777') for t in v.tasks), unit, (scale[0] - pad, scale[1] + pad))
 
 def entropy_picture(
     v:EntropyView,
     width:int=250, # pixels of a cell
 )->dict: # of `figure`
     "Predictions and entropies of one image"
-    reach = [s for span in v.spans.values() for s in span]
-    first = [photo_cell(v.rgb, v.title), _bars(v, v.norm, 'score of each pair, normalized', 'share of the first round’s range', (-.25, 1.25)),
-             _bars(v, v.raw, 'score of each pair, raw', 'nats', (min(0, *reach), max(reach)))]
+    nats = [s for span in v.spans.values() for s in span]
+    first = [photo_cell(v.rgb, v.title), _bars(v, v.norm, 'score of each pair, normalized', 'share of the first round’s range', v.reach),
+             _bars(v, v.raw, 'score of each pair, raw', 'nats', (min(0, *nats), max(nats)))]
     rows = [[first[i] if i < 3 else None, *_cells(v, t)] for i, t in enumerate(v.tasks)]
     rows += [[c] for c in first[len(rows):]]
     shown = [t for t in v.tasks if t.kind == 'categorical']
@@ -83,23 +92,23 @@ def _cells(v:EntropyView, t)->list:
     change, half = m - v.earlier[t.name], (span[1] - span[0])/2
     return [*cells, map_cell(change, f'{t.name}, since the round before: {change.mean():+.2f} nats', 'nats', (-half, half), 'PuOr_r')]
 
-# %% ../../nbs/70_explore.entropy.ipynb #39b56f4a
+# %% ../../nbs/70_explore.entropy.ipynb #dfb0ff89
 class EntropyExplorer(w.VBox):
     "Image, round, estimator, T and order above the picture of `entropy_view`"
     def __init__(self, run:Opened):
         self.run = run
-        some = dict(layout=w.Layout(width='230px'), style=dict(description_width='70px'))
-        orders = [('as in the pool', None), *((f'{t.name}, least sure first', k) for k, t in enumerate(run.tasks))]
-        self.place = w.IntSlider(0, 0, len(run.pool) - 1, description='image', layout=w.Layout(width='480px'), style=some['style'])
-        self.round = w.Dropdown(options=range(run.last + 1), value=max(run.last - 1, 0), description='round', **some)
-        self.estimator = w.Dropdown(options=list(ESTIMATORS), description='estimator', **some)
-        self.T = w.SelectionSlider(options=[2, 5, 10, 20, 50], value=10, description='T, passes', **some)
-        self.order = w.Dropdown(options=orders, description='order', **some)
-        self.change = w.Checkbox(description='change since the round before', indent=False, layout=w.Layout(width='250px'))
+        orders = [('as in the pool', -1), *((f'{t.name}, least sure first', k) for k, t in enumerate(run.tasks))]
+        self.place = image_slider(len(run.pool))
+        self.round = control(w.Dropdown, 'round', 230, options=range(run.last + 1), value=max(run.last - 1, 0))
+        self.estimator = control(w.Dropdown, 'estimator', 230, options=list(ESTIMATORS))
+        self.T = control(w.SelectionSlider, 'T, passes', 260, options=PASSES, value=10, continuous_update=False)
+        self.order = control(w.Dropdown, 'order', 280, options=orders)
+        self.change = tick('change since the round before')
         self.status, self.bars = w.HTML(), w.Output()
         self.stage = Stage(lambda: run.folder/'explore'/f'entropy-round{self.round.value}-{run.pool.images[self.image]}.html')
         for o in (self.place, self.round, self.estimator, self.T, self.order, self.change): o.observe(self._changed, 'value')
-        super().__init__([w.HBox([self.place, self.order, self.round]), w.HBox([self.T, self.estimator, self.change, self.status]), self.bars, self.stage])
+        rows = [self.place, self.order, self.round], [self.T, self.estimator, self.change, self.status]
+        super().__init__([*map(w.HBox, rows), self.bars, self.stage])
         self._changed(None)
 
     @property

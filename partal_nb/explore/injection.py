@@ -6,7 +6,7 @@
 __all__ = ['Told', 'InjectionView', 'injection_view', 'injection_picture', 'numbers_table', 'subset_metrics', 'subsets_picture',
            'InjectionExplorer']
 
-# %% ../../nbs/72_explore.injection.ipynb #99b8801a
+# %% ../../nbs/72_explore.injection.ipynb #9c08df3e
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ import torch
 from fastcore.basics import patch
 
 from ..data.store import Arrays
-from .view import (ESTIMATORS, FONT, Opened, Stage, class_legend, error_map, error_scale, figure, label_cell, map_cell, photo_cell,
-                                    text_at)
+from .view import (BARE, ESTIMATORS, PASSES, Opened, Stage, axis_title, class_legend, control, error_cell, error_map, figure,
+                                    image_slider, label_cell, map_cell, photo_cell, text_at, tick)
 from ..learner import evaluate
 from ..look import TASK_COLORS, as_label
 from ..metrics import meter
@@ -74,10 +74,10 @@ def injection_view(
     return InjectionView(f'test image {run.test.images[image]}', np.asarray(run.test.rgb[image]), run.tasks, truth, _told(run, image, round, (), T),
                          _told(run, image, round, inject, T), inject, run.spans(), run.values())
 
-# %% ../../nbs/72_explore.injection.ipynb #cc2a0d9d
+# %% ../../nbs/72_explore.injection.ipynb #c68a904c
 def injection_picture(
     v:InjectionView,
-    width:int=150, # pixels of a cell
+    width:int=112, # pixels of a cell
 )->dict: # of `figure`
     "Truth, predictions, errors and entropies, without and with true labels"
     rows = [[photo_cell(v.rgb, v.title) if i == 0 else None, *_row(v, t)] for i, t in enumerate(v.tasks)]
@@ -85,17 +85,16 @@ def injection_picture(
     below = [class_legend(t, [v.truth[t.name], v.before[t.name].label, v.after[t.name].label]).split('<br>')[0] for t in shown[:2]]
     return figure(rows, width, '<br>'.join(below), room=44)
 
-def _row(v:InjectionView, t)->list:
-    a, b, values = v.before[t.name], v.after[t.name], v.values[t.name]
-    unit, scale = error_scale(t, values)
-    told = 'injected' if t.name in v.inject else f'<br>given {", ".join(v.inject)}' if v.inject else ''
-    head = f'<b>{t.name}</b>, true' + ('<br>told to the others' if told == 'injected' else '')
-    after = '<br>its own truth is not used' if told == 'injected' else told or '<br>given nothing'
-    return [label_cell(t, v.truth[t.name], head, values), label_cell(t, a.label, 'predicted', values), label_cell(t, b.label, f'predicted{after}', values),
-            map_cell(a.error, 'error', unit, scale, 'inferno'), map_cell(b.error, f'error{told if told != "injected" else ""}', unit, scale, 'inferno'),
-            map_cell(a.map, 'entropy', 'nats', v.spans[t.name]), map_cell(b.map, f'entropy{told if told != "injected" else ""}', 'nats', v.spans[t.name])]
+def _row(v:InjectionView, t)->list: # a color bar serves for both pictures to its left
+    a, b, values, span, own = v.before[t.name], v.after[t.name], v.values[t.name], v.spans[t.name], t.name in v.inject
+    truths = ', '.join(v.inject) if len(v.inject) < 3 else f'{len(v.inject)} truths'
+    given = '' if not v.inject else '<br>unchanged' if own else f'<br>given {truths}'
+    return [label_cell(t, v.truth[t.name], f'<b>{t.name}</b>, true' + '<br>told to the others'*own, values, False),
+            label_cell(t, a.label, 'predicted', values, False), label_cell(t, b.label, f'predicted{given}', values),
+            error_cell(t, a.error, 'error', values, False), error_cell(t, b.error, f'error{given}', values),
+            map_cell(a.map, 'entropy', 'nats', span, bar=False), map_cell(b.map, f'entropy{given}', 'nats', span)]
 
-# %% ../../nbs/72_explore.injection.ipynb #0ebfc659
+# %% ../../nbs/72_explore.injection.ipynb #7c060cb0
 def numbers_table(
     v:InjectionView,
 )->str: # HTML
@@ -108,11 +107,13 @@ def numbers_table(
         else:
             gain = (a.metric - b.metric)*(1 if t.lower_is_better else -1)
             unit = t.unit if t.lower_is_better else '%'
-            metric, change = tuple(f'{x:.2f} {unit}' for x in (a.metric, b.metric)), 'same' if abs(gain) < .005 else f'{abs(gain):.2f} {unit} {"better" if gain > 0 else "worse"}'
+            metric = tuple(f'{x:.2f} {unit}' for x in (a.metric, b.metric))
+            change = 'same' if abs(gain) < .005 else f'{abs(gain):.2f} {unit} {"better" if gain > 0 else "worse"}'
         says = f'{t.name}, {t.metric} {arrow}' + (' (told)' if t.name in v.inject else '')
         rows += f'<tr><th style="text-align:left">{html.escape(says)}</th>{cell(metric[0])}{cell(metric[1])}{cell(change, True)}'
         rows += cell(f'{a.map.mean():.2f} nats') + cell(f'{b.map.mean():.2f} nats') + cell(f'{b.map.mean() - a.map.mean():+.2f} nats', True) + '</tr>'
-    head = ''.join(f'<th style="padding:2px 14px;text-align:right">{h}</th>' for h in ('before', 'after', 'change', 'entropy before', 'after', 'change'))
+    heads = 'before', 'after', 'change', 'entropy before', 'after', 'change'
+    head = ''.join(f'<th style="padding:2px 14px;text-align:right">{h}</th>' for h in heads)
     return f'<table style="line-height:1.4"><tr><th></th>{head}</tr>{rows}</table>'
 
 # %% ../../nbs/72_explore.injection.ipynb #573a2441
@@ -130,7 +131,7 @@ def subset_metrics(
             with torch.no_grad(): found = evaluate(model, some, inject=told, progress=False)
             yield told, {t.name: found[t.name][t.metric] for t in arrays.tasks}
 
-# %% ../../nbs/72_explore.injection.ipynb #8dd6cd38
+# %% ../../nbs/72_explore.injection.ipynb #71240913
 def subsets_picture(
     measured:list, # of `subset_metrics`
     tasks:tuple,   # K
@@ -147,37 +148,39 @@ def subsets_picture(
         names = [' + '.join(told) or 'nothing' for told, _ in own]
         color, at = TASK_COLORS.get(t.name, '#777'), dict(xaxis=f'x{i + 1}', yaxis=f'y{i + 1}')
         data += [dict(at, type='scatter', mode='lines', x=sizes, y=mean, line=dict(color='#bbb', width=2), hoverinfo='skip'),
-                 dict(at, type='scatter', mode='markers+text', x=[len(told) for told, _ in own], y=[v for _, v in own], text=names, cliponaxis=False,
-                      textposition=['middle right' if len(told) < len(tasks) - 1 else 'middle left' for told, _ in own], marker=dict(color=color, size=9),
-                      textfont=dict(size=11), hovertemplate='given %{text}: %{y:.2f}<extra></extra>')]
+                 dict(at, type='scatter', mode='markers+text' if len(tasks) < 4 else 'markers', x=[len(told) for told, _ in own],
+                      y=[v for _, v in own], text=names, cliponaxis=False,
+                      textposition=[f'middle {"right" if len(told) < len(tasks) - 1 else "left"}' for told, _ in own],
+                      marker=dict(color=color, size=9), textfont=dict(size=11), hovertemplate='given %{text}: %{y:.2f}<extra></extra>')]
         unit, better = (t.unit, '↓') if t.lower_is_better else ('%', '↑')
         axes |= {f'xaxis{i + 1}': dict(domain=[w1*i + 62/wide, w1*(i + 1) - 20/wide], anchor=f'y{i + 1}', dtick=1, range=[-.2, len(tasks) - .8],
-                                       title=dict(text='true modalities', standoff=4), zeroline=False),
-                 f'yaxis{i + 1}': dict(domain=[48/H, 1 - 54/H], anchor=f'x{i + 1}', title=dict(text=f'{t.metric}, {unit} {better}', standoff=6), zeroline=False)}
+                                       title=axis_title('true modalities'), zeroline=False),
+                 f'yaxis{i + 1}': dict(domain=[48/H, 1 - 54/H], anchor=f'x{i + 1}', zeroline=False,
+                                       title=axis_title(f'{t.metric}, {unit} {better}'))}
         notes.append(text_at(f'<b>{t.name}</b>', w1*i + 62/wide, 1 - 50/H))
-    return dict(data=data, layout=dict(axes, annotations=notes, width=wide, height=H, margin=dict(l=0, r=0, t=0, b=0), font=FONT, showlegend=False,
-                                       template='plotly_white'))
+    return dict(data=data, layout=dict(BARE, **axes, annotations=notes, width=wide, height=H, showlegend=False))
 
-# %% ../../nbs/72_explore.injection.ipynb #6c3b584f
+# %% ../../nbs/72_explore.injection.ipynb #9047e565
 class InjectionExplorer(w.VBox):
     "Tick true modalities of a test image, and measure all sets of them over many"
     def __init__(self, run:Opened):
-        self.run, style = run, dict(description_width='70px')
-        self.place = w.IntSlider(0, 0, len(run.test) - 1, description='image', layout=w.Layout(width='480px'), style=style)
-        self.round = w.Dropdown(options=range(run.last + 1), value=run.last, description='round', layout=w.Layout(width='200px'), style=style)
-        self.T = w.SelectionSlider(options=[2, 5, 10, 20, 50], value=10, description='T, passes', layout=w.Layout(width='260px'), style=style)
-        self.told = {t.name: w.Checkbox(description=f'true {t.name}', indent=False, layout=w.Layout(width='150px')) for t in run.tasks}
+        self.run = run
+        self.place = image_slider(len(run.test))
+        self.round = control(w.Dropdown, 'round', 200, options=range(run.last + 1), value=run.last)
+        self.T = control(w.SelectionSlider, 'T, passes', 260, options=PASSES, value=10, continuous_update=False)
+        self.told = {t.name: tick(f'true {t.name}', 130) for t in run.tasks}
         self.numbers, self.status = w.HTML(), w.HTML()
         self.stage = Stage(lambda: run.folder/'explore'/f'injection-round{self.round.value}-{run.test.images[self.place.value]}.html')
-        self.n = w.IntSlider(min(20, len(run.test)), 1, len(run.test), description='test images', layout=w.Layout(width='400px'), style=dict(description_width='90px'))
+        self.n = control(w.IntSlider, 'test images', 400, 90, value=min(20, len(run.test)), min=1, max=len(run.test))
         self.measure = w.Button(description='measure all sets', icon='play', layout=w.Layout(width='170px'))
         self.bar = w.IntProgress(0, 0, 2**len(run.tasks) - 1, layout=w.Layout(width='200px', visibility='hidden'))
         self.subsets = Stage(lambda: run.folder/'explore'/f'subsets-round{self.round.value}.html')
         self.subsets.layout.display = 'none'
         for o in (self.place, self.round, self.T, *self.told.values()): o.observe(self._changed, 'value')
         self.measure.on_click(self._measure)
-        super().__init__([w.HBox([self.place, self.round, self.T]), w.HBox([w.HTML('tell the network the'), *self.told.values(), self.status]), self.stage, self.numbers,
-                          w.HBox([self.n, self.measure, self.bar]), self.subsets])
+        rows = [self.place, self.round, self.T], [w.HTML('tell the network the'), *self.told.values(), self.status], [self.n, self.measure, self.bar]
+        top, told, all_sets = map(w.HBox, rows)
+        super().__init__([top, told, self.stage, self.numbers, all_sets, self.subsets])
         self._changed(None)
 
 # %% ../../nbs/72_explore.injection.ipynb #0db5e7cd
