@@ -94,10 +94,13 @@ def lab(look, tmp_path_factory):
     "JupyterLab with copies of the three notebooks"
     folder, port = tmp_path_factory.mktemp('lab'), free_port()
     for name in APPS: shutil.copy(ROOT/f'nbs/explore/{name}.ipynb', folder)
+    quiet = folder/'jupyter_config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     command = [BIN/'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--port-retries=0', '--LabApp.news_url=',
                '--LabApp.extension_manager=readonly', f'--ServerApp.root_dir={folder}']
     url = f'http://127.0.0.1:{port}'
-    with served(command, f'{url}/lab', folder, PARTAL_RUN=str(look.folder), JUPYTER_TOKEN='lab-token'): yield f'{url}/lab/tree/{{}}.ipynb?token=lab-token'
+    with served(command, f'{url}/lab', folder, PARTAL_RUN=str(look.folder), JUPYTER_TOKEN='lab-token'): yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
 
 @contextmanager
 def app(name, folder, tmp):
@@ -195,7 +198,7 @@ TRY = dict(entropy=try_entropy, selection=try_selection, injection=try_injection
 @pytest.mark.parametrize('name', APPS)
 def test_notebook(name, page, lab, look):
     page.goto(lab.format(name))
-    page.locator('.jp-CodeCell').first.wait_for(timeout=60_000)
+    page.get_by_text('| Idle').wait_for(timeout=60_000)
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     TRY[name](page, look)

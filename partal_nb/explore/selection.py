@@ -76,12 +76,13 @@ def reselect(
     counts = tuple(np.bincount(k, minlength=len(run.tasks)).tolist())
     return Basket(picks.index, float(price_of(picks, pool, prices).sum()), counts, len(set(n.tolist())))
 
-# %% ../../nbs/71_explore.selection.ipynb #35b3e2ec
+# %% ../../nbs/71_explore.selection.ipynb #a75cafb0
 def round_colors(rounds:int)->list[str]: # open, start, and one for each purchase
     "Colors of open pairs, start labels and each purchase"
     bought = [colorscale('viridis')[round(8 + 24*i/max(rounds - 1, 1))][1] for i in range(rounds)]
     return ['#ececec', '#9a9a9a', *bought]
 
+# %% ../../nbs/71_explore.selection.ipynb #eef7513d
 def board(
     run:Opened,
     chosen:Basket|None=None, # marked on the board
