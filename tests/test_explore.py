@@ -1,0 +1,219 @@
+"The explorers in a real browser: each notebook in JupyterLab and each app of `partal explore`, with the mouse, the keyboard, and bad run folders"
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from partal_nb.core import preset
+from partal_nb.explore.entropy import entropy_view
+from partal_nb.explore.injection import injection_view
+from partal_nb.explore.selection import reasons
+from partal_nb.explore.view import open_look
+from partal_nb.loop import run
+
+ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
+CHROME = shutil.which('chromium') or shutil.which('google-chrome')
+FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+HERE = ('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')
+VOILAS_OWN = 'fortawesome' # its page asks a CDN for an icon font; it does without
+APPS = ('entropy', 'selection', 'injection')
+
+# A run, a browser, two servers
+
+@pytest.fixture(scope='module')
+def look(tmp_path_factory):
+    "A run in miniature, opened in this process, too: what is drawn is compared with what it says"
+    tiny = preset('demo', height=48, width=64, pool_images=10, test_images=3, features=8, encoder='test_efficientnet', pretrained=False, start_images=3,
+                  step_pairs=6, rounds=1, train_by='steps', train_for=6, passes=3, device='cpu')
+    return open_look(run(tiny, tmp_path_factory.mktemp('runs')/'tiny', progress=False))
+
+@pytest.fixture(scope='module')
+def chrome():
+    if not CHROME:
+        why = "no chromium here: apt-get install chromium"
+        pytest.fail(why) if os.environ.get('CI') == 'true' else pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p: yield p.chromium.launch(executable_path=CHROME, args=FLAGS)
+
+@pytest.fixture
+def page(chrome, request, tmp_path_factory):
+    "A page that may ask this machine only; errors on its console fail the test, and its last sight is kept"
+    page = chrome.new_context(viewport=dict(width=1400, height=1000)).new_page()
+    page.refused, page.errors = [], []
+    def route(r):
+        if r.request.url.startswith(HERE): return r.continue_()
+        page.refused.append(r.request.url)
+        r.abort()
+    page.route('**/*', route)
+    page.on('console', lambda m: page.errors.append(f'{m.text} {m.location.get("url", "")}') if m.type == 'error' else None)
+    page.on('pageerror', lambda e: page.errors.append(str(e)))
+    yield page
+    folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path_factory.getbasetemp()/'screenshots')
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder/f'{re.sub(r"[^a-z0-9]+", "-", request.node.name)}.png')
+    page.context.close()
+    assert not [e for e in page.errors if VOILAS_OWN not in e]
+    assert not [u for u in page.refused if VOILAS_OWN not in u]
+
+def free_port()->int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def answers(url:str)->int:
+    try: return urllib.request.urlopen(url, timeout=5).status
+    except urllib.error.HTTPError as e: return e.code
+    except OSError: return 0
+
+@contextmanager
+def served(command, url, folder, **env):
+    "A server while it is needed; its words are shown if it does not come up"
+    log = folder/'server.log'
+    own = {f'{k}_DIR' if k != 'IPYTHONDIR' else k: str(folder/k.lower()) for k in ('JUPYTER_CONFIG', 'JUPYTER_DATA', 'JUPYTER_RUNTIME', 'IPYTHONDIR')}
+    with open(log, 'w') as out, subprocess.Popen(list(map(str, command)), cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1', **own, **env),
+                                                 stdout=out, stderr=subprocess.STDOUT) as server:
+        try:
+            until = time.monotonic() + 90
+            while not answers(url() if callable(url) else url):
+                assert server.poll() is None and time.monotonic() < until, log.read_text()
+                time.sleep(.2)
+            yield log
+        finally: server.terminate()
+
+@pytest.fixture(scope='module')
+def lab(look, tmp_path_factory):
+    "JupyterLab with copies of the three notebooks"
+    folder, port = tmp_path_factory.mktemp('lab'), free_port()
+    for name in APPS: shutil.copy(ROOT/f'nbs/explore/{name}.ipynb', folder)
+    quiet = folder/'jupyter_config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    command = [BIN/'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--port-retries=0', '--LabApp.news_url=',
+               '--LabApp.extension_manager=readonly', f'--ServerApp.root_dir={folder}']
+    url = f'http://127.0.0.1:{port}'
+    with served(command, f'{url}/lab', folder, PARTAL_RUN=str(look.folder), JUPYTER_TOKEN='lab-token'): yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
+
+@contextmanager
+def app(name, folder, tmp):
+    "`partal explore`, and the address that it prints"
+    port = free_port()
+    with served([BIN/'partal', 'explore', folder, '--app', name, '--port', port], f'http://127.0.0.1:{port}', tmp) as log:
+        yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
+
+# What can be seen and done
+
+def figure(page, nth=0):
+    plot = page.locator('.js-plotly-plot').nth(nth)
+    plot.locator('.annotation-text').first.wait_for(timeout=90_000)
+    return plot
+
+def titles(plot): return [' '.join(t.split()) for t in plot.locator('.annotation-text').all_text_contents()]
+def pictures(plot): return [i.get_attribute('href') or i.get_attribute('xlink:href') for i in plot.locator('image').all()]
+
+def until(page, f, seconds=30):
+    "What `f` gives, once that is something"
+    for _ in range(seconds*10):
+        if found := f(): return found
+        page.wait_for_timeout(100)
+    raise AssertionError(f'not within {seconds} s')
+
+def under_pointer(page, plot, axis:int, x:float, y:float)->str:
+    "What the plot says when the mouse is at (x, y) of its n-th picture"
+    plot.scroll_into_view_if_needed()
+    at = plot.evaluate("""(gd, [n, x, y]) => { const l = gd._fullLayout, a = l['xaxis' + n], b = l['yaxis' + n], r = gd.getBoundingClientRect()
+                                               return [r.left + a._offset + a.d2p(x), r.top + b._offset + b.d2p(y)] }""", [axis, x, y])
+    page.mouse.move(at[0] + 3, at[1] + 3)
+    page.mouse.move(*at)
+    return until(page, lambda: ' '.join(plot.locator('.hoverlayer .hovertext').all_text_contents()))
+
+def slide(page, description:str):
+    "One step to the right, with the keyboard"
+    page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True)).locator('.noUi-handle').first.press('ArrowRight')
+
+def tick(page, description:str): page.locator('.widget-checkbox', has_text=description).locator('input').click()
+
+# The three explorers, in JupyterLab and as apps
+
+def try_entropy(page, look):
+    plot = figure(page)
+    view = entropy_view(look, 0, 0)
+    assert titles(plot)[0] == view.title and 'semseg, entropy: mean' in titles(plot)[2]
+    assert under_pointer(page, plot, 3, 2, 2) == f'{view.maps["semseg"][0, 0]:.2f} nats'.replace('-', '−')
+    assert under_pointer(page, plot, 2, 30, 20) == look.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])]
+    before = pictures(plot)
+    slide(page, 'image')
+    until(page, lambda: titles(plot)[0] == entropy_view(look, 1, 0).title)
+    assert pictures(plot)[0] != before[0]
+    page.locator('.widget-dropdown', has_text='round').locator('select').select_option('1')
+    tick(page, 'change since the round before')
+    changed = until(page, lambda: next((t for t in titles(figure(page)) if 'semseg, since the round before' in t), ''))
+    view = entropy_view(look, 1, 1, change=True)
+    assert changed.endswith(f'{(view.maps["semseg"] - view.earlier["semseg"]).mean():+.2f} nats')
+
+def try_selection(page, look):
+    board, counts, picks = (figure(page, n) for n in range(3))
+    assert titles(board)[0].startswith('15 of 30 pairs are labeled, for 15')
+    bought = reasons(look, 0)
+    assert titles(picks)[0] == f'1. {look.tasks[bought[0].task].name} of {look.pool.images[bought[0].image]}'
+    since = look.since()
+    image, task = (int(i[0]) for i in (since == 0).nonzero())
+    assert under_pointer(page, board, '', image, task) == f'{look.tasks[task].name} of image {look.pool.images[image]}: start'
+    marks = lambda: board.locator('.scatterlayer .point').count()
+    assert marks() == 6
+    slide(page, 'budget')
+    until(page, lambda: marks() == 7)
+    tick(page, 'rank by score per price')
+    before = pictures(picks)
+    slide(page, 'purchases from')
+    until(page, lambda: titles(picks)[0].startswith('2. '))
+    assert pictures(picks)[0] != before[0]
+
+def try_injection(page, look):
+    plot = figure(page)
+    view = injection_view(look, 0, 1)
+    assert titles(plot)[0] == view.title
+    before = pictures(plot)
+    tick(page, 'true depth')
+    until(page, lambda: 'predicted given depth' in [t.replace('predictedgiven', 'predicted given') for t in titles(plot)])
+    assert pictures(plot) != before and pictures(plot)[0] == before[0]
+    told = injection_view(look, 0, 1, ('depth',))
+    assert f'{told.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
+    assert under_pointer(page, plot, 8, 2, 2) == f'{told.after["semseg"].map[0, 0]:.2f} nats'.replace('-', '−')
+    slide(page, 'image')
+    until(page, lambda: titles(plot)[0] == f'test image {look.test.images[1]}')
+    page.get_by_role('button', name='measure all sets').click()
+    assert 'all sets of true modalities, over 3 test images' in titles(figure(page, 1))
+
+TRY = dict(entropy=try_entropy, selection=try_selection, injection=try_injection)
+
+@pytest.mark.parametrize('name', APPS)
+def test_notebook(name, page, lab, look):
+    page.goto(lab.format(name))
+    page.get_by_text('| Idle').wait_for(timeout=60_000)
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    TRY[name](page, look)
+
+@pytest.mark.parametrize('name', APPS)
+def test_app(name, page, look, tmp_path):
+    with app(name, look.folder, tmp_path) as url:
+        assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is shown to nobody without the token'
+        page.goto(url, timeout=90_000)
+        TRY[name](page, look)
+
+def test_a_run_that_is_not_there(page, tmp_path):
+    "A sentence and a button, and no traceback"
+    with app('entropy', tmp_path/'nowhere', tmp_path) as url:
+        page.goto(url, timeout=90_000)
+        page.get_by_text('config.json is missing').wait_for(timeout=90_000)
+        assert page.get_by_role('button', name='make the demo run').is_visible()
+        assert 'Traceback' not in page.inner_text('body')
