@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['about_machine', 'split_images', 'Run', 'check_run', 'load_data', 'open_run', 'read_scores', 'run', 'load_model']
 
-# %% ../nbs/60_loop.ipynb #de8265e1
+# %% ../nbs/60_loop.ipynb #31756fbc
 import io
 import json
 import os
@@ -20,6 +20,7 @@ from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
+# %% ../nbs/60_loop.ipynb #a29b7de8
 import numpy as np
 import pandas as pd
 import torch
@@ -69,7 +70,7 @@ def split_images(
     held = set(order[:config.val_images].tolist())
     return [x for i, x in enumerate(train) if i not in held], [x for i, x in enumerate(train) if i in held]
 
-# %% ../nbs/60_loop.ipynb #8c8defae
+# %% ../nbs/60_loop.ipynb #012d2cf0
 @dataclass
 class Run:
     "An open run: its folder, its data, its ledger"
@@ -185,7 +186,7 @@ def check_run(
     _check_budget(config, tasks, available)
     _check_money(config, pool, tasks, available)
 
-# %% ../nbs/60_loop.ipynb #4b5985fc
+# %% ../nbs/60_loop.ipynb #7e1f84f1
 def load_data(
     config:RunConfig,   # `data`, `tasks`, size and split
     progress:bool=True, # show bars
@@ -354,7 +355,7 @@ def _buy(run:Run, r:int, scores:Scores, pool:Pool)->Picks:
     budget = run.ledger.spent(0) + (r + 1)*cfg.step_money - run.ledger.spent(r) if cfg.step_money else cfg.step_pairs
     return spend(cfg.strategy, scores, pool, prices, budget, rng, cfg.per_price)
 
-# %% ../nbs/60_loop.ipynb #a94a37d5
+# %% ../nbs/60_loop.ipynb #7ea8c40d
 def _round(run:Run, r:int):
     "One round, and its line in the journal"
     steps, last = Steps(run.file('round-{}.json', r)), r == run.config.rounds
