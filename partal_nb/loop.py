@@ -20,7 +20,7 @@ from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
-# %% ../nbs/60_loop.ipynb #a29b7de8
+# %% ../nbs/60_loop.ipynb #06df2d66
 import numpy as np
 import pandas as pd
 import torch
@@ -35,7 +35,7 @@ from .journal import Steps, append_journal, read_journal
 from .learner import Constant, Pseudo, evaluate, load_checkpoint, save_checkpoint, snapshot_path, train
 from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
-from .select.budget import Prices, least_total, parse_prices, price_of, spend
+from .select.budget import Prices, check_ranking, least_total, parse_prices, price_of, spend
 from .select.strategy import Picks, Pool, Scores, get_strategy, select
 from .uncertainty.quality import uncertainty_quality
 from .uncertainty.score import foretold_losses, normalize, pool_features, score_pool
@@ -143,7 +143,7 @@ def _choose_tasks(config:RunConfig, store:Store)->tuple:
         raise ValueError(f"data set {store.name!r} has no task {missing}; there are {list(store.tasks)}")
     return tuple(store.tasks[t] for t in config.tasks or store.tasks)
 
-# %% ../nbs/60_loop.ipynb #6673e0bb
+# %% ../nbs/60_loop.ipynb #167e1433
 def _prices(config:RunConfig, tasks:tuple)->Prices:
     return parse_prices(config.prices, tasks, open=config.open_price, cap=config.label_cap, unit=config.price_unit)
 
@@ -155,6 +155,7 @@ def _in_money(config:RunConfig, tasks:tuple)->Prices|None: # what a budget is co
 def _check_money(config:RunConfig, images:list, tasks:tuple, available:np.ndarray):
     prices, step = _in_money(config, tasks), config.step_money or config.step_pairs
     if not prices or not config.rounds: return
+    check_ranking(config.strategy, tasks)
     labelled = np.zeros_like(available)
     labelled[_start_images(config, available)] = True
     have, dearest = least_total(Pool(tuple(images), tasks, labelled, available), prices), prices.open + max(prices.label[t.name] for t in tasks)
