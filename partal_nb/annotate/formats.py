@@ -12,12 +12,13 @@ __all__ = ['LIMITS', 'UNREADABLE', 'DEPTH_BAND', 'FORM', 'README', 'ABOUT_FORM',
            'read_cvat', 'coco_masks', 'coco_segment', 'coco_mask', 'coco_instances', 'write_coco', 'is_coco',
            'read_coco', 'Format', 'detect_format']
 
-# %% ../../nbs/81_annotate.formats.ipynb #99e2a896
+# %% ../../nbs/81_annotate.formats.ipynb #5c75fbce
 import base64
 import csv
 import io
 import json
 import math
+import tokenize
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -298,17 +299,17 @@ def to_png(
     image.save(f := io.BytesIO(), 'png')
     return f.getvalue()
 
-# %% ../../nbs/81_annotate.formats.ipynb #ed7c591b
+# %% ../../nbs/81_annotate.formats.ipynb #74f4828c
 def decode_image(
     data:bytes, # content of a file
     size:tuple, # (H, W) that it should have
     where:str,  # named in the message
 )->Image.Image: # decoded, of that size
-    "An image that somebody sent; its size is looked at before it is unpacked"
+    "A PNG that somebody sent; its size is looked at before it is unpacked"
     try:
-        image = Image.open(io.BytesIO(data), formats=['PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP'])
+        image = Image.open(io.BytesIO(data), formats=['PNG'])
         if (image.height, image.width) == tuple(size): image.load()
-    except UNREADABLE as e: raise ValueError(f"{where}: not a whole image ({len(data):,} bytes): {e}; save it again") from e
+    except UNREADABLE as e: raise ValueError(f"{where}: not a whole PNG ({len(data):,} bytes): {e}; save it again") from e
     if (image.height, image.width) != tuple(size):
         raise ValueError(f"{where}: expected {size[0]} × {size[1]} pixels (height × width), got {image.height} × {image.width}; "
                          "label the image at its own size")
@@ -386,7 +387,7 @@ def _pick(parcel:Parcel, task:Task, suffixes:tuple)->list[str]:
     raise FileNotFoundError(f"{parcel.path}: no {' or '.join(suffixes)} in {' or '.join(p or 'the top folder' for p in _places(task))}; "
                             f"there are {parcel.names[:5] or 'no files'}. Put the labels into labels/, named like the images")
 
-# %% ../../nbs/81_annotate.formats.ipynb #12b41280
+# %% ../../nbs/81_annotate.formats.ipynb #8485a99d
 def write_png(folder, task:Task, queries:Iterable[Query])->list[str]:
     "A folder of PNG files, with the network's guess in `guess/`; labels go to `labels/`"
     form = png_form(task)
@@ -404,11 +405,11 @@ def read_png(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H, 
     parcel = Parcel(path)
     form = _said(parcel, task)
     def found():
-        for name in _pick(parcel, task, ('.png', '.tif', '.tiff')):
+        for name in _pick(parcel, task, ('.png',)):
             yield PurePosixPath(name).stem, name, lambda size, name=name: from_png(parcel.bytes(name), task, size, name, form)
     return collect(parcel, task, sizes, list(found()))
 
-# %% ../../nbs/81_annotate.formats.ipynb #8e6a1460
+# %% ../../nbs/81_annotate.formats.ipynb #72c74855
 def from_npy(
     data:bytes, # content of a file
     task:Task,
@@ -421,7 +422,7 @@ def from_npy(
         shape = {(1, 0): fmt.read_array_header_1_0, (2, 0): fmt.read_array_header_2_0}[fmt.read_magic(f)](f)[0]
         if shape[:2] == tuple(size) and math.prod(shape) <= math.prod(size)*task.label_channels: label = np.load(io.BytesIO(data), allow_pickle=False)
         else: raise ValueError(f"expected shape {(*size, task.label_channels)}, got {shape}")
-    except (KeyError, *UNREADABLE) as e:
+    except (KeyError, tokenize.TokenError, *UNREADABLE) as e:
         raise ValueError(f"{where} (task {task.name}): not a whole array of the size of its image ({len(data):,} bytes): {e}; save it again") from e
     return check_answer(label, task, size, where)
 
