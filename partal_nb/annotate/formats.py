@@ -12,12 +12,13 @@ __all__ = ['LIMITS', 'UNREADABLE', 'DEPTH_BAND', 'FORM', 'README', 'ABOUT_FORM',
            'read_cvat', 'coco_masks', 'coco_segment', 'coco_mask', 'coco_instances', 'write_coco', 'is_coco',
            'read_coco', 'Format', 'detect_format']
 
-# %% ../../nbs/81_annotate.formats.ipynb #99e2a896
+# %% ../../nbs/81_annotate.formats.ipynb #5c75fbce
 import base64
 import csv
 import io
 import json
 import math
+import tokenize
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -89,8 +90,8 @@ def legend(
     rest = Paint(int(task.ignore), void, colors[0 if start else 255])
     return sorted([*found, rest], key=lambda p: any(p.color))
 
-# %% ../../nbs/81_annotate.formats.ipynb #76d5e2c0
-LIMITS = dict(members=200_000, bytes=64 << 30, ratio=200, small=1 << 28) # files, bytes unpacked, unpacked/packed; below `small` bytes any ratio
+# %% ../../nbs/81_annotate.formats.ipynb #de5869e5
+LIMITS = dict(members=200_000, bytes=64 << 30, largest=1 << 30, ratio=100, small=1 << 28) # `ratio` above `small` bytes
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 def open_zip(
@@ -103,6 +104,7 @@ def open_zip(
     members = opened.infolist()
     unpacked, packed = sum(m.file_size for m in members), max(1, sum(m.compress_size for m in members))
     for what, got, most in (('files', len(members), limits['members']), ('bytes', unpacked, limits['bytes']),
+                            ('bytes in one file', max((m.file_size for m in members), default=0), limits['largest']),
                             ('times its size', unpacked//packed, limits['ratio'] if unpacked > limits['small'] else math.inf)):
         if got > most: raise ValueError(f"{path}: would unpack to {got:,} {what}, expected at most {most:,}; if it is honest, unpack it "
                                         "yourself and give the folder, or split it")
@@ -221,7 +223,7 @@ def write_common(
     write_json(Path(folder)/'format.json', dict(facts, task=asdict(task), classes=classes))
     return images
 
-# %% ../../nbs/81_annotate.formats.ipynb #930697b8
+# %% ../../nbs/81_annotate.formats.ipynb #0aec7690
 def read_form(
     parcel:Parcel, # what came back
     task:Task,
@@ -229,10 +231,14 @@ def read_form(
     "The filled-in form `answers.csv`, if there is one"
     found = parcel.find([f'{task.name}/', '', 'labels/'], ['answers.csv'])
     if not found: return {}
-    try: rows = list(csv.DictReader(io.StringIO(parcel.bytes(found[0]).decode('utf-8-sig'))))
-    except (UnicodeDecodeError, csv.Error) as e: raise ValueError(f"{found[0]}: not a CSV file in UTF-8: {e}; save it as CSV again") from e
-    if rows and (lost := {'image'} | set(rows[0]) ^ set(FORM) if 'image' not in rows[0] else set(rows[0]) - set(FORM)):
-        raise ValueError(f"{found[0]}: expected the columns {', '.join(FORM)}, separated by commas; not as expected: {sorted(map(str, lost))}")
+    reader = csv.DictReader(io.StringIO(parcel.bytes(found[0]).decode('utf-8-sig', 'replace')))
+    try: rows = list(reader)
+    except csv.Error as e: raise ValueError(f"{found[0]}: not a CSV file: {e}; save it as CSV again") from e
+    names = reader.fieldnames or []
+    if 'image' not in names or set(names) - set(FORM):
+        raise ValueError(f"{found[0]}: expected the columns {', '.join(FORM)}, separated by commas, got {names}; save it as CSV again")
+    for k, r in enumerate(rows, 2):
+        if None in r: raise ValueError(f"{found[0]}, line {k}: more than {len(names)} columns; put quotes around a text that has a comma")
     return {r['image']: {k: (r.get(k) or '').strip() for k in FORM} for r in rows}
 
 # %% ../../nbs/81_annotate.formats.ipynb #4efcc96c
@@ -250,7 +256,7 @@ def _minutes(said, where)->float|None:
     if not 0 <= minutes < math.inf: raise ValueError(f"{where}: expected minutes, a number from 0, got {said!r}; correct it or leave it empty")
     return minutes
 
-# %% ../../nbs/81_annotate.formats.ipynb #43f74062
+# %% ../../nbs/81_annotate.formats.ipynb #b29b3b70
 def collect(
     parcel:Parcel,     # what came back
     task:Task,
@@ -258,7 +264,9 @@ def collect(
     found:Iterable,    # (image id, source, function that reads the label)
 )->Iterator[Answer]:
     "Answers of what was found, with what the form says of them"
-    form, seen = read_form(parcel, task), set()
+    form, seen = {}, set()
+    try: form = read_form(parcel, task)
+    except ValueError as e: yield Answer('answers.csv', task.name, source='answers.csv', problem=str(e))
     for name, why in parcel.refused.items(): yield Answer(PurePosixPath(name).stem, task.name, source=name, problem=why)
     for image, source, label in found:
         seen.add(image)
@@ -298,17 +306,17 @@ def to_png(
     image.save(f := io.BytesIO(), 'png')
     return f.getvalue()
 
-# %% ../../nbs/81_annotate.formats.ipynb #ed7c591b
+# %% ../../nbs/81_annotate.formats.ipynb #74f4828c
 def decode_image(
     data:bytes, # content of a file
     size:tuple, # (H, W) that it should have
     where:str,  # named in the message
 )->Image.Image: # decoded, of that size
-    "An image that somebody sent; its size is looked at before it is unpacked"
+    "A PNG that somebody sent; its size is looked at before it is unpacked"
     try:
-        image = Image.open(io.BytesIO(data), formats=['PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP'])
+        image = Image.open(io.BytesIO(data), formats=['PNG'])
         if (image.height, image.width) == tuple(size): image.load()
-    except UNREADABLE as e: raise ValueError(f"{where}: not a whole image ({len(data):,} bytes): {e}; save it again") from e
+    except UNREADABLE as e: raise ValueError(f"{where}: not a whole PNG ({len(data):,} bytes): {e}; save it again") from e
     if (image.height, image.width) != tuple(size):
         raise ValueError(f"{where}: expected {size[0]} × {size[1]} pixels (height × width), got {image.height} × {image.width}; "
                          "label the image at its own size")
@@ -327,7 +335,23 @@ def classes_of_colors(
                          "or save the numbers of the classes in gray")
     return np.array([known[c] for c in colors_of], np.uint8)[index].reshape(*colors.shape[:2], 1)
 
-# %% ../../nbs/81_annotate.formats.ipynb #54979b01
+# %% ../../nbs/81_annotate.formats.ipynb #efaea27c
+def _classes(image, task, where)->np.ndarray: # (H, W) or (H, W, 1)
+    known = {p.color: p.value for p in legend(task)}
+    index = np.array(image.convert('RGB') if image.mode == 'RGB' else image)
+    if image.mode == 'RGB': return classes_of_colors(index, known, where)
+    used = np.unique(index)
+    if image.mode == 'P':
+        palette = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
+        if used.max() >= len(palette): raise ValueError(f"{where} (task {task.name}): a palette of {len(palette)} colors, but pixels of number "
+                                                        f"{used.max()}; save the numbers of the classes in gray")
+        ours = all(known.get(tuple(map(int, palette[k]))) == k for k in used)
+        if not ours and (palette[used] != used[:, None]).any(): return classes_of_colors(palette[index], known, where)
+    if task.kind == 'binary' and used.tolist() in ([0, 255], [255]) and image.mode != '1':
+        raise ValueError(f"{where} (task {task.name}): 0 and 255 would be no and void; write 1 for yes, or white in the palette of format.json")
+    return index.astype(np.uint8)
+
+# %% ../../nbs/81_annotate.formats.ipynb #49e88d9b
 def from_png(
     data:bytes,    # content of a file
     task:Task,
@@ -345,19 +369,6 @@ def from_png(
     raw, form = np.atleast_3d(np.array(image)), png_form(task) | form
     value = raw.astype(np.float32)*np.float32(form['scale']) + np.float32(form['offset'])
     return check_answer(np.where(raw.any(2, keepdims=True), value, np.float32(task.ignore)), task, size, where)
-
-def _classes(image, task, where)->np.ndarray: # (H, W) or (H, W, 1)
-    known = {p.color: p.value for p in legend(task)}
-    index = np.array(image.convert('RGB') if image.mode == 'RGB' else image)
-    if image.mode == 'RGB': return classes_of_colors(index, known, where)
-    used = np.unique(index)
-    if image.mode == 'P':
-        palette = np.array(image.getpalette('RGB'), np.uint8).reshape(-1, 3)
-        ours = all(known.get(tuple(map(int, palette[k]))) == k for k in used)
-        if not ours and (palette[used] != used[:, None]).any(): return classes_of_colors(palette[index], known, where)
-    if task.kind == 'binary' and used.tolist() in ([0, 255], [255]) and image.mode != '1':
-        raise ValueError(f"{where} (task {task.name}): 0 and 255 would be no and void; write 1 for yes, or white in the palette of format.json")
-    return index.astype(np.uint8)
 
 # %% ../../nbs/81_annotate.formats.ipynb #41e4c678
 def read_json(
@@ -386,7 +397,7 @@ def _pick(parcel:Parcel, task:Task, suffixes:tuple)->list[str]:
     raise FileNotFoundError(f"{parcel.path}: no {' or '.join(suffixes)} in {' or '.join(p or 'the top folder' for p in _places(task))}; "
                             f"there are {parcel.names[:5] or 'no files'}. Put the labels into labels/, named like the images")
 
-# %% ../../nbs/81_annotate.formats.ipynb #12b41280
+# %% ../../nbs/81_annotate.formats.ipynb #8485a99d
 def write_png(folder, task:Task, queries:Iterable[Query])->list[str]:
     "A folder of PNG files, with the network's guess in `guess/`; labels go to `labels/`"
     form = png_form(task)
@@ -404,11 +415,11 @@ def read_png(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H, 
     parcel = Parcel(path)
     form = _said(parcel, task)
     def found():
-        for name in _pick(parcel, task, ('.png', '.tif', '.tiff')):
+        for name in _pick(parcel, task, ('.png',)):
             yield PurePosixPath(name).stem, name, lambda size, name=name: from_png(parcel.bytes(name), task, size, name, form)
     return collect(parcel, task, sizes, list(found()))
 
-# %% ../../nbs/81_annotate.formats.ipynb #8e6a1460
+# %% ../../nbs/81_annotate.formats.ipynb #72c74855
 def from_npy(
     data:bytes, # content of a file
     task:Task,
@@ -421,7 +432,7 @@ def from_npy(
         shape = {(1, 0): fmt.read_array_header_1_0, (2, 0): fmt.read_array_header_2_0}[fmt.read_magic(f)](f)[0]
         if shape[:2] == tuple(size) and math.prod(shape) <= math.prod(size)*task.label_channels: label = np.load(io.BytesIO(data), allow_pickle=False)
         else: raise ValueError(f"expected shape {(*size, task.label_channels)}, got {shape}")
-    except (KeyError, *UNREADABLE) as e:
+    except (KeyError, tokenize.TokenError, *UNREADABLE) as e:
         raise ValueError(f"{where} (task {task.name}): not a whole array of the size of its image ({len(data):,} bytes): {e}; save it again") from e
     return check_answer(label, task, size, where)
 
@@ -603,13 +614,14 @@ def read_label_studio(path, task:Task, sizes:dict)->Iterator[Answer]: # image id
                     yield Answer(image, task.name, source=where, problem=why)
     return answers()
 
-# %% ../../nbs/81_annotate.formats.ipynb #f0131c18
+# %% ../../nbs/81_annotate.formats.ipynb #ce20a1ca
 def _studio_answer(task, sizes, image, where, data, a)->Answer:
     if data.get('task', task.name) != task.name:
         raise ValueError(f"{where}: expected task {task.name!r}, got {data['task']!r}; give each task its own export")
     by = a.get('completed_by')
     who, seconds = by.get('email') or by.get('id') if isinstance(by, dict) else by, a.get('lead_time')
-    reasons = [' '.join(r['value']['text']) for r in a['result'] if r.get('from_name') == 'rejected' and r['value']['text']]
+    texts = [r['value']['text'] for r in a['result'] if r.get('from_name') == 'rejected']
+    reasons = [t if isinstance(t, str) else ' '.join(t) for t in texts if t]
     rejected = reasons[0] if reasons else 'skipped in Label Studio' if a.get('was_cancelled') else None
     row = dict(rejected=rejected, who=None if who is None else str(who), minutes=None if seconds is None else seconds/60)
     def label(size): return paint_masks(_brushed(a['result'], size, where), task, size, where)
