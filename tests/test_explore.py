@@ -127,14 +127,14 @@ def until(page, f, seconds=30):
         page.wait_for_timeout(100)
     raise AssertionError(f'not within {seconds} s')
 
-def under_pointer(page, plot, axis:int, x:float, y:float)->str:
-    "What the plot says when the mouse is at (x, y) of its n-th picture"
+def point(page, plot, axis, x:float, y:float, says:str):
+    "With the mouse at (x, y) of its n-th picture the plot says so"
     plot.scroll_into_view_if_needed()
     at = plot.evaluate("""(gd, [n, x, y]) => { const l = gd._fullLayout, a = l['xaxis' + n], b = l['yaxis' + n], r = gd.getBoundingClientRect()
                                                return [r.left + a._offset + a.d2p(x), r.top + b._offset + b.d2p(y)] }""", [axis, x, y])
     page.mouse.move(at[0] + 3, at[1] + 3)
     page.mouse.move(*at)
-    return until(page, lambda: ' '.join(plot.locator('.hoverlayer .hovertext').all_text_contents()))
+    until(page, lambda: plot.locator('.hoverlayer .hovertext').all_text_contents() == [says])
 
 def slide(page, description:str):
     "One step to the right, with the keyboard"
@@ -148,8 +148,8 @@ def try_entropy(page, look):
     plot = figure(page)
     view = entropy_view(look, 0, 0)
     assert titles(plot)[0] == plain(view.title) and 'semseg, entropy: mean' in titles(plot)[2]
-    assert under_pointer(page, plot, 3, 2, 2) == f'{view.maps["semseg"][0, 0]:.2f} nats'.replace('-', '−')
-    assert under_pointer(page, plot, 2, 30, 20) == look.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])]
+    point(page, plot, 3, 2, 2, f'{view.maps["semseg"][0, 0]:.2f} nats'.replace('-', '−'))
+    point(page, plot, 2, 30, 20, look.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])])
     before = pictures(plot)
     slide(page, 'image')
     until(page, lambda: titles(plot)[0] == plain(entropy_view(look, 1, 0).title))
@@ -166,7 +166,7 @@ def try_selection(page, look):
     assert titles(plot)[0].startswith('15 of 30 pairs are labeled, for 15')
     assert f'1. {look.tasks[bought[0].task].name} of {look.pool.images[bought[0].image]}' in titles(plot)
     image, task = (int(i[0]) for i in (look.since() == 0).nonzero())
-    assert under_pointer(page, plot, '', image, task) == f'{look.tasks[task].name} of image {look.pool.images[image]}: start'
+    point(page, plot, '', image, task, f'{look.tasks[task].name} of image {look.pool.images[image]}: start')
     marks = lambda: plot.locator('.scatterlayer .point').count()
     assert marks() == 6
     slide(page, 'budget')
@@ -187,7 +187,7 @@ def try_injection(page, look):
     assert pictures(plot) != before and pictures(plot)[0] == before[0]
     told = injection_view(look, 0, 1, ('depth',))
     assert f'{told.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
-    assert under_pointer(page, plot, 8, 2, 2) == f'{told.after["semseg"].map[0, 0]:.2f} nats'.replace('-', '−')
+    point(page, plot, 8, 2, 2, f'{told.after["semseg"].map[0, 0]:.2f} nats'.replace('-', '−'))
     slide(page, 'image')
     until(page, lambda: titles(plot)[0] == f'test image {look.test.images[1]}')
     page.get_by_role('button', name='measure all sets').click()
