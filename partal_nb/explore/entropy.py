@@ -41,7 +41,7 @@ class EntropyView:
     norm:tuple       # K scores, normalized
     reach:tuple      # lowest and highest of all normalized scores of the round
 
-# %% ../../nbs/70_explore.entropy.ipynb #28cc1d84
+# %% ../../nbs/70_explore.entropy.ipynb #8993c8e2
 def entropy_view(
     run:Opened,
     image:int,               # row of the pool
@@ -55,7 +55,7 @@ def entropy_view(
     look = lambda r: run.look('pool', image, r, run.known(r, image), T, estimator)
     seen, known, size = look(round), run.known(round, image), run.pool.rgb.shape[1:3]
     scores, number = run.scores(round), lambda v: tuple(None if np.isnan(x) else float(x) for x in v)
-    title = f'image {run.pool.images[image]}: ' + (f'{", ".join(known)} known and injected' if known else 'nothing known')
+    title = f'<b>image {run.pool.images[image]}</b><br>' + (f'injected: {", ".join(known)}' if known else 'nothing known')
     labels = {t.name: as_label(t, seen.final[t.name], size) for t in run.tasks}
     return EntropyView(title, np.asarray(run.pool.rgb[image]), run.tasks, labels, seen.maps, look(round - 1).maps if change else {}, run.spans(),
                        run.values(), number(scores.raw[image]), number(scores.norm[image]), _reach(scores.norm))
@@ -64,7 +64,7 @@ def _reach(norm:np.ndarray)->tuple:
     there = norm[np.isfinite(norm)]
     return (min(0., there.min()), max(1., there.max())) if len(there) else (0., 1.)
 
-# %% ../../nbs/70_explore.entropy.ipynb #eddc3910
+# %% ../../nbs/70_explore.entropy.ipynb #aa75b2e2
 def _bars(v:EntropyView, scores:tuple, title:str, unit:str, scale:tuple)->Bars:
     pad = .25*(scale[1] - scale[0]) # for the numbers at the bars
     says = tuple('labeled' if s is None else f'{s:.2f}' for s in scores)
@@ -82,7 +82,7 @@ def entropy_picture(
     rows = [[first[i] if i < 3 else None, *_cells(v, t)] for i, t in enumerate(v.tasks)]
     rows += [[c] for c in first[len(rows):]]
     shown = [t for t in v.tasks if t.kind == 'categorical']
-    return figure(rows, width, '<br>'.join(class_legend(t, [v.labels[t.name]], 1000).split('<br>')[0] for t in shown[:2]))
+    return figure(rows, width, '<br>'.join(class_legend(t, [v.labels[t.name]], 1000).split('<br>')[0] for t in shown[:2]), 42)
 
 def _cells(v:EntropyView, t)->list:
     m, span = v.maps[t.name], v.spans[t.name]

@@ -6,7 +6,7 @@
 __all__ = ['Told', 'InjectionView', 'injection_view', 'injection_picture', 'numbers_table', 'subset_metrics', 'subsets_picture',
            'InjectionExplorer']
 
-# %% ../../nbs/72_explore.injection.ipynb #9c08df3e
+# %% ../../nbs/72_explore.injection.ipynb #92163462
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from ..data.store import Arrays
 from .view import (BARE, ESTIMATORS, PASSES, Opened, Stage, axis_title, class_legend, control, error_cell, error_map, figure,
-                                    image_slider, label_cell, map_cell, photo_cell, text_at, tick)
+                                    image_slider, label_cell, map_cell, photo_cell, stack, text_at, tick)
 from ..learner import evaluate
 from ..look import TASK_COLORS, as_label
 from ..metrics import meter
@@ -160,7 +160,7 @@ def subsets_picture(
         notes.append(text_at(f'<b>{t.name}</b>', w1*i + 62/wide, 1 - 50/H))
     return dict(data=data, layout=dict(BARE, **axes, annotations=notes, width=wide, height=H, showlegend=False))
 
-# %% ../../nbs/72_explore.injection.ipynb #9047e565
+# %% ../../nbs/72_explore.injection.ipynb #b14af25a
 class InjectionExplorer(w.VBox):
     "Tick true modalities of a test image, and measure all sets of them over many"
     def __init__(self, run:Opened):
@@ -174,23 +174,23 @@ class InjectionExplorer(w.VBox):
         self.n = control(w.IntSlider, 'test images', 400, 90, value=min(20, len(run.test)), min=1, max=len(run.test))
         self.measure = w.Button(description='measure all sets', icon='play', layout=w.Layout(width='170px'))
         self.bar = w.IntProgress(0, 0, 2**len(run.tasks) - 1, layout=w.Layout(width='200px', visibility='hidden'))
-        self.subsets = Stage(lambda: run.folder/'explore'/f'subsets-round{self.round.value}.html')
-        self.subsets.layout.display = 'none'
+        self.measured = ()
         for o in (self.place, self.round, self.T, *self.told.values()): o.observe(self._changed, 'value')
         self.measure.on_click(self._measure)
         rows = [self.place, self.round, self.T], [w.HTML('tell the network the'), *self.told.values(), self.status], [self.n, self.measure, self.bar]
         top, told, all_sets = map(w.HBox, rows)
-        super().__init__([top, told, self.stage, self.numbers, all_sets, self.subsets])
+        super().__init__([top, told, all_sets, self.numbers, self.stage])
         self._changed(None)
 
-# %% ../../nbs/72_explore.injection.ipynb #0db5e7cd
+# %% ../../nbs/72_explore.injection.ipynb #1b8bc499
 @patch
 def _changed(self:InjectionExplorer, _):
     inject = tuple(name for name, box in self.told.items() if box.value)
     self.status.value = 'computing …'
     try:
         view = injection_view(self.run, self.place.value, self.round.value, inject, self.T.value)
-        self.stage.show(injection_picture(view))
+        fig = injection_picture(view)
+        self.stage.show(stack(fig, subsets_picture(*self.measured)) if self.measured else fig)
         self.numbers.value, self.status.value = numbers_table(view), ''
     except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
 
@@ -202,7 +202,7 @@ def _measure(self:InjectionExplorer, _):
         for one in subset_metrics(self.run.model(self.round.value), self.run.test, self.n.value):
             measured.append(one)
             self.bar.value += 1
-        self.subsets.show(subsets_picture(measured, self.run.tasks, self.n.value))
-        self.subsets.layout.display = None
+        self.measured = measured, self.run.tasks, self.n.value
+        self._changed(None)
     except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
     finally: self.bar.layout.visibility, self.measure.disabled = 'hidden', False

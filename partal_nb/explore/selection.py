@@ -6,7 +6,7 @@
 __all__ = ['Reason', 'reasons', 'Basket', 'reselect', 'round_colors', 'board', 'counts_picture', 'next_below', 'picks_picture',
            'compare', 'SelectionExplorer']
 
-# %% ../../nbs/71_explore.selection.ipynb #74087016
+# %% ../../nbs/71_explore.selection.ipynb #b9a82c2c
 import html
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import derive_seed
-from .view import (BARE, ESTIMATORS, GAP, TOP, Opened, Stage, axis_title, colorscale, control, figure, map_cell, photo_cell, text_at,
-                                    tick)
+from .view import (BARE, ESTIMATORS, GAP, TOP, Opened, Stage, axis_title, colorscale, control, figure, map_cell, photo_cell, stack,
+                                    text_at, tick)
 from ..look import TASK_COLORS
 from ..select.budget import Prices, price_of, spend
 from ..select.strategy import STRATEGIES, Pool
@@ -172,14 +172,14 @@ def compare(
     if len(baskets) == 2: lines.append(f'they share {len(set.intersection(*(pairs[n] for n in baskets)))} pairs')
     return '<br>'.join(lines)
 
-# %% ../../nbs/71_explore.selection.ipynb #a3d6314c
+# %% ../../nbs/71_explore.selection.ipynb #bd0e41f5
 class SelectionExplorer(w.VBox):
     "Board, counts and purchases of a run, with strategies, budget and prices to try"
     def __init__(self, run:Opened):
         self.run, self.names = run, [t.name for t in run.tasks]
         if not (run.since() > 0).any(): raise ValueError("this run has bought nothing yet, so there is no selection to look at; its next round will")
-        self.round = control(w.Dropdown, 'after round', 200, options=range(int(run.since().max())))
-        self.first = control(w.IntSlider, 'purchases from', 480, 100, min=0, max=0, continuous_update=False)
+        self.round = control(w.Dropdown, 'after round', 260, 100, options=range(int(run.since().max())))
+        self.first = control(w.IntSlider, 'purchases from', 480, 120, min=0, max=0, continuous_update=False)
         choose = lambda name, value: control(w.Dropdown, name, 260, 100, options=list(STRATEGIES), value=value)
         self.one = choose('first strategy', run.config.strategy)
         self.two = choose('against', next(s for s in ('random', 'partal') if s != run.config.strategy))
@@ -188,36 +188,24 @@ class SelectionExplorer(w.VBox):
         self.prices = [money(f'price {t.name}', t.cost, min=0, max=max(8, 2*t.cost), step=.25) for t in run.tasks]
         self.by_price = tick('rank by score per price')
         self.says, self.status, self.bars = w.HTML(), w.HTML(), w.Output()
-        stage = lambda name: Stage(lambda: run.folder/'explore'/f'{name}-round{self.round.value}.html')
-        self.board, self.counts, self.picks = map(stage, ('board', 'counts', 'picks'))
-        for o in (self.one, self.two, self.budget, *self.prices, self.by_price): o.observe(self._select, 'value')
-        self.round.observe(self._round, 'value')
-        self.first.observe(self._picks, 'value')
-        super().__init__([w.HBox([self.round, self.status]), self.bars, self.board, w.HBox([self.one, self.two, self.by_price]),
-                          w.HBox([self.budget, *self.prices], layout=w.Layout(flex_flow='row wrap')), self.says, self.counts, self.first, self.picks])
-        self._round(None)
+        self.stage = Stage(lambda: run.folder/'explore'/f'selection-round{self.round.value}.html')
+        for o in (self.round, self.one, self.two, self.budget, *self.prices, self.by_price, self.first): o.observe(self._changed, 'value')
+        rows = [self.round, self.first], [self.one, self.two, self.by_price], [self.budget, *self.prices]
+        super().__init__([*(w.HBox(r, layout=w.Layout(flex_flow='row wrap')) for r in rows), self.says, self.status, self.bars, self.stage])
+        self._changed(None)
 
-# %% ../../nbs/71_explore.selection.ipynb #9180124d
+# %% ../../nbs/71_explore.selection.ipynb #cd020d59
 @patch
-def _round(self:SelectionExplorer, _):
-    self.first.max = max(int((self.run.events['round'] == self.round.value + 1).sum()) - 1, 0)
-    self._select(None)
-    self._picks(None)
-
-@patch
-def _select(self:SelectionExplorer, _):
-    now, prices = self.round.value, Prices(dict(zip(self.names, (p.value for p in self.prices))))
-    baskets = {}
+def _changed(self:SelectionExplorer, _):
+    now, prices, baskets = self.round.value, Prices(dict(zip(self.names, (p.value for p in self.prices)))), {}
     with self.bars: # of scores that the run did not write
         try:
+            why = reasons(self.run, now)
+            self.first.max = max(len(why) - 4, 0)
             for name in (self.one.value, self.two.value):
                 baskets[name] = reselect(self.run, now, name, self.budget.value, prices, self.by_price.value)
-            self.status.value = ''
-            self.board.show(board(self.run, baskets[self.one.value]))
-            self.counts.show(counts_picture(self.run, baskets))
-            self.says.value = compare(baskets, np.array([[p.image, p.task] for p in reasons(self.run, now)]))
+            self.stage.show(stack(board(self.run, baskets[self.one.value]), counts_picture(self.run, baskets),
+                                  picks_picture(self.run, now, self.first.value)))
+            self.says.value, self.status.value = compare(baskets, np.array([[p.image, p.task] for p in why])), ''
         except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
     self.bars.clear_output()
-
-@patch
-def _picks(self:SelectionExplorer, _): self.picks.show(picks_picture(self.run, self.round.value, min(self.first.value, max(self.first.max - 3, 0))))

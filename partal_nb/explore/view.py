@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ESTIMATORS', 'PASSES', 'MOST', 'GAP', 'BAR', 'TITLE', 'TOP', 'FONT', 'BARE', 'Look', 'Opened', 'open_look', 'Cell',
            'Bars', 'thinned', 'words', 'label_cell', 'map_cell', 'photo_cell', 'error_map', 'error_cell', 'colorscale',
-           'axis_title', 'text_at', 'figure', 'class_legend', 'control', 'image_slider', 'tick', 'Stage', 'find_run',
-           'Door']
+           'axis_title', 'text_at', 'figure', 'stack', 'class_legend', 'control', 'image_slider', 'tick', 'Stage',
+           'find_run', 'Door']
 
 # %% ../../nbs/69_explore.view.ipynb #1bc60fda
 import base64
@@ -246,7 +246,7 @@ def words(
     if y.shape[2] == 1: return np.where(void, np.nan, v)
     return np.array([[', '.join(f'{c:.2f}' for c in p) + task.unit for p in row] for row in y], dtype=object)
 
-# %% ../../nbs/69_explore.view.ipynb #21f87696
+# %% ../../nbs/69_explore.view.ipynb #cc109398
 def label_cell(
     task:Task,          # whose label it is
     y:np.ndarray,       # (H, W, C), a label or what `as_label` makes of a prediction
@@ -260,7 +260,7 @@ def label_cell(
     if task.kind == 'categorical' or task.label_channels > 1: return Cell(title, paint(task, y), says)
     if task.name != 'depth': return Cell(title, says, says, task.unit or 'p', (0., 1.) if task.kind == 'binary' else span, task.cmap, bar=bar)
     place = lambda m: np.log(np.maximum(m, .1)/DEPTH_RANGE[0])/np.log(DEPTH_RANGE[1]/DEPTH_RANGE[0])
-    return Cell(title, place(says), says, 'm', (0., 1.), task.cmap, tuple((float(place(m)), str(m)) for m in (.7, 1, 2, 5, 10)), bar)
+    return Cell(title, place(says), says, 'm', (0., 1.), task.cmap, tuple((float(place(m)), str(m)) for m in (1, 2, 5, 10)), bar)
 
 def map_cell(
     values:np.ndarray, # (h, w), NaN where void
@@ -391,6 +391,35 @@ def figure(
     if below: notes.append(text_at(below, GAP/W, 2/H))
     return dict(data=data, layout=dict(BARE, **axes, annotations=notes, width=W, height=H, showlegend=False))
 
+# %% ../../nbs/69_explore.view.ipynb #3eaba01f
+def _moved(d:dict, X:Callable, Y:Callable, tall:float)->dict: # something that has a place in the figure
+    return {**d, **{k: f(d[k]) for k, f in (('x', X), ('y', Y), ('len', lambda v: v*tall)) if k in d}}
+
+def stack(
+    *figures:dict, # as of `figure`
+)->dict:
+    "Figures below each other, as one"
+    W, H = max(f['layout']['width'] for f in figures), sum(f['layout']['height'] for f in figures)
+    data, notes, rest, below, n = [], [], {}, H, 0
+    for f in figures:
+        lay, w1, h1 = f['layout'], f['layout']['width'], f['layout']['height']
+        below -= h1
+        X, Y, count = (lambda x: x*w1/W), (lambda y: (y*h1 + below)/H), 0
+        name = lambda a: a if a is None else f'{a[0]}{int(a[1:] or 1) + n}'
+        for k, v in lay.items():
+            if 'axis' not in k: continue
+            i, place, other = int(k[5:] or 1), X if k[0] == 'x' else Y, 'y' if k[0] == 'x' else 'x'
+            tied = dict(anchor=f'{other}{i + n}') | {key: name(v[key]) for key in ('anchor', 'matches') if key in v}
+            rest[f'{k[:5]}{i + n}'], count = v | tied | dict(domain=[place(d) for d in v['domain']]), max(count, i)
+        for t in f['data']:
+            t = dict(t, xaxis=name(t.get('xaxis', 'x')), yaxis=name(t.get('yaxis', 'y')))
+            if t['type'] == 'scatter': t['showlegend'] = False # only bars have names to be told
+            data.append(dict(t, colorbar=_moved(t['colorbar'], X, Y, h1/H)) if 'colorbar' in t else t)
+        notes += [_moved(a, X, Y, h1/H) for a in lay['annotations']]
+        if 'legend' in lay: rest['legend'] = _moved(lay['legend'], X, Y, h1/H)
+        rest, n = rest | {k: lay[k] for k in ('barmode',) if k in lay}, n + count
+    return dict(data=data, layout=dict(BARE, **rest, annotations=notes, width=W, height=H, showlegend=True))
+
 # %% ../../nbs/69_explore.view.ipynb #9cf9deda
 def class_legend(
     task:Task,      # categorical
@@ -427,7 +456,7 @@ def tick(name:str, wide:int=250)->w.Checkbox:
     "A box to tick, with its name after it"
     return w.Checkbox(description=name, indent=False, layout=w.Layout(width=f'{wide}px'))
 
-# %% ../../nbs/69_explore.view.ipynb #d120e239
+# %% ../../nbs/69_explore.view.ipynb #3756113c
 def _same(a, b)->bool:
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray): return np.shape(a) == np.shape(b) and bool(np.all(a == b))
     return a == b
@@ -440,7 +469,7 @@ class Stage(w.VBox):
         self.name, self.now, self.fig = name, None, None
         self.save, self.said = w.Button(description='save as HTML', icon='download', layout=w.Layout(width='140px')), w.HTML()
         self.save.on_click(self._save)
-        super().__init__([w.VBox(), w.HBox([self.save, self.said])])
+        super().__init__([w.VBox(layout=w.Layout(overflow='auto hidden')), w.HBox([self.save, self.said])])
 
     def show(self, fig:dict): # of `figure`
         if self.now is None or _kinds(self.now) != _kinds(fig): self._new(fig)
