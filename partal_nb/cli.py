@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Preset', 'Changes', 'kernel_app', 'APPS', 'partal', 'plain_errors', 'parse_changes', 'config', 'template',
-           'execute', 'run', 'sweep', 'strategies', 'prepare', 'check', 'report', 'kernel_install', 'voila_command',
-           'explore']
+           'execute', 'run', 'sweep', 'notebook', 'strategies', 'prepare', 'check', 'report', 'kernel_install',
+           'voila_command', 'explore']
 
 # %% ../nbs/90_cli.ipynb #3a21d683
 import json
@@ -185,6 +185,17 @@ def _sweep(runs:dict[Path, RunConfig], out:Path, jobs:int, tries:int)->bool: # i
     if left: typer.echo(f'{"stopped" if stopped else "failed"} with {len(left)} of {len(runs)} runs unfinished; this goes on:\n  {again}', err=True)
     if stopped: raise typer.Exit(130)
     return not left
+
+# %% ../nbs/90_cli.ipynb #2fa67b41
+@app.command()
+def notebook(
+    name:Annotated[str, typer.Argument(help="One of the templates in nbs/runs, without suffix, e.g. compare or hardest.")],
+    out:Annotated[Path, typer.Option(help="Folder for the executed notebook; also its parameter `out`, if it has one.")],
+    kernel:Annotated[str, typer.Option('-k', '--kernel', help="Jupyter kernel to run in.")]='',
+    changes:Annotated[Optional[list[str]], typer.Option('--set', help="A parameter of the notebook: name=value. Repeatable.")]=None,
+):
+    "Execute a notebook of nbs/runs with parameters."
+    with plain_errors(): typer.echo(execute(name, out, dict(out=str(out), **parse_changes(changes or [])), kernel))
 
 # %% ../nbs/90_cli.ipynb #646d681b
 @app.command()

@@ -154,14 +154,16 @@ def _beside_paper(study:Study, ours:str)->list[Part]:
                     f'[{r.low:.3g}, {r.high:.3g}]. ' for r in against.itertuples())
     return [Part('Beside the paper', f'{text}Differences are {ours}\'s lead in the last round. {length_note(study.runs)}', table=table)]
 
-# %% ../nbs/84_page.ipynb #c402f0e9
+# %% ../nbs/84_page.ipynb #f76276d5
 def _where(study:Study)->list[Part]:
     runs, names = study.runs, list(styles(r.strategy for r in study.runs))
     each = lambda picture: tuple(picture([r for r in runs if r.strategy == s]) for s in names)
     bought = pd.DataFrame([dict(run=r.name, strategy=r.strategy, seed=r.seed, round=l['round'], **l['bought']) for r in runs for l in r.rounds])
     seconds = pd.DataFrame([dict(run=r.name, strategy=r.strategy, seed=r.seed, round=l['round'], **l['seconds']) for r in runs for l in r.rounds])
-    parts = [Part('Which task took the picks', 'Share of each purchase, mean over seeds.', each(lambda r: spending(r, share=True)), data=bought)]*any(
-        l['bought'] for r in runs for l in r.rounds)
+    parts = []
+    if any(l['bought'] for r in runs for l in r.rounds):
+        picks = each(lambda r: spending(r, share=True))
+        parts.append(Part('Which task took the picks', 'Share of each purchase, mean over seeds.', picks, data=bought))
     return [*parts, Part('Training length', f'Optimizer steps of each round, mean over seeds. {length_note(runs)}', table=training_length(runs)),
             Part('Time', 'Seconds of each round, mean over seeds.', each(timing), data=seconds)]
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STYLES', 'TASK_COLORS', 'STEP_COLORS', 'AXES', 'Run', 'read_run', 'run_folders', 'tidy', 'read_runs',
-           'Study', 'read_study', 'spread', 'styles', 'metric_title', 'curves', 'spending', 'timing', 'training_length',
-           'length_note', 'results_table', 'markdown_table', 'commands', 'update_results']
+           'call_it', 'Study', 'read_study', 'spread', 'styles', 'metric_title', 'curves', 'spending', 'timing',
+           'training_length', 'length_note', 'results_table', 'markdown_table', 'commands', 'update_results']
 
-# %% ../nbs/80_report.ipynb #97d9054c
+# %% ../nbs/80_report.ipynb #ad60a486
 import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -106,6 +106,14 @@ def read_runs(
     runs = [read_run(f) for f in folders]
     _check_alike(runs)
     return tidy(runs)
+
+# %% ../nbs/80_report.ipynb #6382d139
+def call_it(
+    runs:Iterable[Run], # of one kind, e.g. with another normalizer
+    name:str,           # what sets them apart
+)->list[Run]: # whose `strategy` is that name
+    "The same runs under another name, to compare variants that differ in more than the strategy"
+    return [replace(r, name=f'{name}-{r.seed}', config=dict(r.config, strategy=name)) for r in runs]
 
 # %% ../nbs/80_report.ipynb #86050ebd
 _FREE_OF_REFERENCE = (*_FREE, 'tasks', 'start_images', 'step_pairs', 'rounds', 'train_by', 'train_for')
