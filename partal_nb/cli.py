@@ -268,7 +268,7 @@ def voila_command(
 )->list[str]: # to run with `$JUPYTER_TOKEN` set, since everybody sees a command, but not its environment
     "The command that serves an explorer"
     if name not in APPS: raise ValueError(f"unknown app {name!r}; there are {list(APPS)}")
-    return [sys.executable, '-m', 'voila', str(template(name, 'explore')), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}',
+    return [sys.executable, '-m', 'voila', str(template(name, 'explore')), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}', '--Voila.port_retries=0',
             '--Voila.auto_token=True', '--preheat_kernel=True', '--pool_size=1', '--show_tracebacks=False']
 
 @app.command()
@@ -279,15 +279,12 @@ def explore(
 ):
     "Look at a run in the browser: entropy maps, purchases, injected labels. Ctrl-C ends it."
     import secrets
-    import subprocess
+    import socket
     with plain_errors():
-        token = secrets.token_urlsafe(24)
-        command = voila_command(name, port)
+        command, token = voila_command(name, port), secrets.token_urlsafe(24)
+        with socket.socket() as s:
+            if s.connect_ex(('127.0.0.1', port)) == 0: raise ValueError(f"port {port} is taken; choose another --port")
         typer.echo(f'http://127.0.0.1:{port}/?token={token}')
-        server = subprocess.Popen(command, env=dict(os.environ, PARTAL_RUN=str(run_folder.resolve()), JUPYTER_TOKEN=token))
-        try: code = server.wait()
-        except KeyboardInterrupt: code = 0
-        finally:
-            server.terminate()
-            server.wait()
-        if code: raise ValueError(f"voila ended with code {code}; see above, perhaps port {port} is taken: choose another --port")
+        sys.stdout.flush()
+        env = dict(os.environ, PARTAL_RUN=str(run_folder.resolve()), JUPYTER_TOKEN=token)
+        os.execve(command[0], command, env) # this process becomes the server: what ends it ends all, whoever sends it

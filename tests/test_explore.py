@@ -108,6 +108,7 @@ def app(name, folder, tmp):
     port = free_port()
     with served([BIN/'partal', 'explore', folder, '--app', name, '--port', port], f'http://127.0.0.1:{port}', tmp) as log:
         yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
+    assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
 
 # What can be seen and done
 
