@@ -63,7 +63,7 @@ def _with_prices(tasks:tuple, free_with:dict={}, said:dict=_TOP)->dict:
     prices = Prices({t.name: float(t.cost) for t in tasks}, free_with, float(said['open']), said['cap'], said['unit'])
     return dict(tasks=tasks, prices=prices, per_hour=float(said['per_hour']))
 
-# %% ../../nbs/82_annotate.project.ipynb #d0550394
+# %% ../../nbs/82_annotate.project.ipynb #24053ec4
 PROJECT = 'project.json'
 
 @dataclass(frozen=True)
@@ -91,18 +91,20 @@ class Project:
         return inside(self.folder, f'labels/{task}/{image}-{sha256[:16]}{suffix}')
     def task(self, name:str)->Task: return next(t for t in self.tasks if t.name == name)
 
-    @property
-    def held(self)->np.ndarray: # (N,) bool: always the same images, whenever they get their labels
-        return np.array([derive_seed(self.config.seed, 'val', i) < self.val_share*2**63 for i in self.images], bool)
+    def held(self, ledger:Ledger)->np.ndarray: # (N,) bool
+        "Every so-manieth image in the order in which they got their first label: decided then, and for good"
+        order = [i for i, in ledger.db.execute("SELECT image FROM events WHERE kind = 'told' GROUP BY image ORDER BY min(id)")]
+        n = round(1/self.val_share) if self.val_share else 0
+        return np.isin(self.images, order[n//2::n] if n else [])
 
-# %% ../../nbs/82_annotate.project.ipynb #91d849c4
-_FROM_0 = dict(per_hour='a number', cooldown='a whole number', val_share='a share below 1', min_gain='a number')
+# %% ../../nbs/82_annotate.project.ipynb #d72dd262
+_FROM_0 = dict(per_hour='a number', cooldown='a whole number', val_share='a share up to 0.5', min_gain='a number')
 
 def _check_project(p:Project):
     for k, kind in _FROM_0.items():
         v = getattr(p, k)
-        if type(v) in (int, float) and 0 <= v < (1 if k == 'val_share' else math.inf) and (k != 'cooldown' or type(v) is int): continue
-        raise ValueError(f"{k}: expected {kind} from 0, got {v!r}")
+        number = type(v) is int or (type(v) is float and math.isfinite(v) and k != 'cooldown')
+        if not number or not 0 <= v <= (.5 if k == 'val_share' else v): raise ValueError(f"{k}: expected {kind} from 0, got {v!r}")
 
 def _layout(task:Task)->dict:
     from partal_nb.data.store import file_layout
@@ -279,7 +281,7 @@ def _told(p:Project, ledger:Ledger, upto:int)->dict: # task -> image -> function
         found[pair.task][pair.image] = partial(read_label, file, task, **form)
     return found
 
-# %% ../../nbs/82_annotate.project.ipynb #da81799d
+# %% ../../nbs/82_annotate.project.ipynb #bf88fd34
 def load_labels(
     p:Project,
     ledger:Ledger,
@@ -295,9 +297,9 @@ def load_labels(
         return Arrays(ids, p.tasks, _photos(p, source, ids, name), labels, available)
     pool = arrays(p.images, 'pool', _told(p, ledger, upto), known)
     if not p.val:
-        n = np.flatnonzero(p.held & known.any(1))
+        n = np.flatnonzero((held := p.held(ledger)) & known.any(1))
         some = Arrays(tuple(p.images[i] for i in n), p.tasks, Rows(pool.rgb, n), {k: Rows(v, n) for k, v in pool.labels.items()}, known[n])
-        return pool, some, known & ~p.held[:, None]
+        return pool, some, known & ~held[:, None]
     has = np.array([[_has(source, i, t.name) for t in p.tasks] for i in p.val])
     read = {t.name: {i: partial(source.label, i, t.name) for i, h in zip(p.val, has[:, k]) if h} for k, t in enumerate(p.tasks)}
     return pool, arrays(p.val, 'val', read, has), known
@@ -685,12 +687,13 @@ def stopping_hint(
                 f"quality, {gain:.2g} % for each: {'below' if gain < least else 'above'} {least:.2g} %, which is "
                 f"{'what you set' if min_gain else 'a tenth of what each brought so far'}. {law.format(n=n)}")
 
-# %% ../../nbs/82_annotate.project.ipynb #5cebe5cf
+# %% ../../nbs/82_annotate.project.ipynb #0d8538ed
 @dataclass
 class Status:
     "Where a project stands"
     tasks:pd.DataFrame  # a row a task: labelled, asked, returned, rejected, resting, price, measured, spent
     unit:str
+    money:float         # of the next purchase
     batches:int
     open:str            # the batch that waits for answers
     next:str            # what the next money is expected to buy
@@ -714,7 +717,7 @@ def status(
     prices, last = prices_now(p, events), int(asked['round'].max()) if len(asked) else 0
     money = money or float(asked.cost[asked['round'] == last].sum())
     out = sum(s.kind == 'asked' for s in state.values())
-    return Status(_by_task(p, events, state, prices, pool), p.prices.unit, last, f'; {out} pairs are out' if out else '',
+    return Status(_by_task(p, events, state, prices, pool), p.prices.unit, money, last, f'; {out} pairs are out' if out else '',
                   _forecast(p, pool, prices, money), points := curve(p), stopping_hint(points, money or 1., p.prices.unit, p.min_gain))
 
 # %% ../../nbs/82_annotate.project.ipynb #311f5a2a
@@ -741,7 +744,7 @@ def _forecast(p:Project, pool:Pool, prices:Prices, money:float)->str:
     return (f"{money:g} {p.prices.unit} buy {', '.join(f'{v} {t.name}' for v, t in zip(n, p.tasks) if v)} for {cost:.4g}, "
             + (f'by the scores of round {scored[-1]}' if scored else 'drawn by lot, for nothing was scored yet'))
 
-# %% ../../nbs/82_annotate.project.ipynb #9e506745
+# %% ../../nbs/82_annotate.project.ipynb #562d4c9f
 def money_figure(
     p:Project,
     points:pd.DataFrame, # as `curve` gives them
@@ -754,7 +757,7 @@ def money_figure(
     axes = fig.subplots(1, 1 + len(tasks))
     for ax, t in zip(axes[1:], tasks):
         ax.plot(points.worth, points[t.name], 'o-', color='C0', ms=4)
-        ax.set(title=f"{t.name}: {t.metric} {'↓' if t.lower_is_better else '↑'}")
+        ax.set(title=f"{t.name}: {t.metric} {'↓' if t.lower_is_better else '↑'}", ylabel=t.unit or '%')
     axes[0].plot(points.worth, points['quality'], 'o', color='C0', ms=4)
     axes[0].set(title='quality, % of the first network')
     if money and len(points) > 2:
