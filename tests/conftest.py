@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
+
 @pytest.fixture(scope='session')
 def shared()->Path:
     "The folder of real sample data; it can not be redistributed, so it lies beside the repository or where `PARTAL_SHARED` says"

@@ -6,10 +6,13 @@
 __all__ = ['LIMITS', 'UNREADABLE', 'DEPTH_BAND', 'FORM', 'README', 'CLASSES', 'ALL', 'FORMATS', 'Query', 'Answer', 'Paint',
            'voc_colors', 'legend', 'open_zip', 'Parcel', 'check_answer', 'unsure_scale', 'unsure_picture',
            'write_common', 'read_form', 'collect', 'png_form', 'to_png', 'decode_image', 'classes_of_colors',
-           'from_png', 'read_json', 'write_png', 'read_png', 'from_npy', 'to_npy', 'write_npy', 'read_npy', 'Format',
-           'detect_format']
+           'from_png', 'read_json', 'write_png', 'read_png', 'from_npy', 'to_npy', 'write_npy', 'read_npy', 'masks_of',
+           'paint_masks', 'known_image', 'brush_rle', 'brush_mask', 'label_studio_config', 'label_studio_task',
+           'write_label_studio', 'is_label_studio', 'read_label_studio', 'cvat_zip', 'write_cvat', 'cvat_labelmap',
+           'read_cvat', 'coco_masks', 'coco_segment', 'coco_mask', 'coco_instances', 'write_coco', 'is_coco',
+           'read_coco', 'Format', 'detect_format']
 
-# %% ../../nbs/81_annotate.formats.ipynb #dd02d1c9
+# %% ../../nbs/81_annotate.formats.ipynb #99e2a896
 import base64
 import csv
 import io
@@ -17,10 +20,10 @@ import json
 import math
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator
+from xml.sax.saxutils import quoteattr
 
 import matplotlib
 import numpy as np
@@ -57,13 +60,16 @@ class Answer:
     source:str=''                # where it stood, e.g. the file
     problem:str|None=None        # what was expected, what came, and the cure
 
-# %% ../../nbs/81_annotate.formats.ipynb #70f10a69
+# %% ../../nbs/81_annotate.formats.ipynb #8f7209f7
 @dataclass(frozen=True)
 class Paint:
     "A value of a label, as annotators see it"
     value:int  # in the label
     name:str   # of the class
     color:tuple # (r, g, b), 0 to 255
+
+    @property
+    def hex(self)->str: return '#' + bytes(self.color).hex()
 
 def voc_colors()->np.ndarray: # (256, 3) uint8
     "PASCAL VOC's colors: the bits of the index, dealt out to red, green and blue from the highest bit down"
@@ -102,18 +108,18 @@ def open_zip(
                                         "yourself and give the folder, or split it")
     return opened
 
-# %% ../../nbs/81_annotate.formats.ipynb #f93859e9
+# %% ../../nbs/81_annotate.formats.ipynb #10bc82de
 class Parcel:
     "Files that came back, by their names"
     def __init__(self, path): # folder, zip or one file
         self.path, self.refused, self._zip = Path(path), {}, None
         if not self.path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
-        if self.path.is_dir(): names = [p.relative_to(self.path).as_posix() for p in sorted(self.path.rglob('*')) if not p.is_dir()]
+        if self.path.is_dir(): names = [p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if not p.is_dir()]
         elif self.path.suffix.lower() == '.zip':
             self._zip = open_zip(path)
             names = [m.filename for m in self._zip.infolist() if not m.is_dir()]
         else: self.path, names = self.path.parent, [self.path.name]
-        self.names = [n for n in names if not any(part[0] == '.' and part != '..' or part == '__MACOSX' for part in PurePosixPath(n).parts)]
+        self.names = [n for n in sorted(names) if not any(part[0] == '.' and part != '..' or part == '__MACOSX' for part in PurePosixPath(n).parts)]
         self.names = [n for n in self.names if self._stays(n)]
         tops = {PurePosixPath(n).parts[0] for n in self.names}
         wrapped = self._zip and len(tops) == 1 and '/' in self.names[0]
@@ -442,6 +448,375 @@ def read_npy(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H, 
     found = [(PurePosixPath(n).stem, n, lambda size, n=n: from_npy(parcel.bytes(n), task, size, n)) for n in _pick(parcel, task, ('.npy',))]
     return collect(parcel, task, sizes, found)
 
+# %% ../../nbs/81_annotate.formats.ipynb #9fdcdd28
+def masks_of(
+    label:np.ndarray, # (H, W, 1), classes
+    task:Task,
+)->Iterator[tuple[Paint, np.ndarray]]: # (H, W) bool
+    "The classes of a label but the unpainted one, each with its mask"
+    for p in legend(task)[1:]:
+        if (mask := label[..., 0] == p.value).any(): yield p, mask
+
+def paint_masks(
+    masks:Iterable, # (name, (H, W) bool), the last on top
+    task:Task,
+    size:tuple,     # (H, W) of the image
+    where:str,      # named in the message
+)->np.ndarray: # (H, W, 1) uint8, checked
+    "The label that masks with names make"
+    first, *rest = legend(task)
+    known = {p.name: p.value for p in (first, *rest)}
+    label = np.full((*size, 1), first.value, np.uint8)
+    for name, mask in masks:
+        if name not in known: raise ValueError(f"{where} (task {task.name}): no class {name!r}; there are {list(known)}. Correct the name")
+        if mask.shape != tuple(size): raise ValueError(f"{where} (task {task.name}): expected {size[0]} × {size[1]} pixels (height × width), "
+                                                       f"got {' × '.join(map(str, mask.shape))}; label the image at its own size")
+        label[mask] = known[name]
+    return check_answer(label, task, size, where)
+
+# %% ../../nbs/81_annotate.formats.ipynb #32f9e5ec
+def known_image(
+    name:str,   # of a file, as a tool gives it back
+    sizes:dict, # by image id
+)->str: # image id, or the name as it is
+    "The image that a file name means: without suffix, perhaps without folders"
+    name = str(name).replace('\\', '/')
+    if '..' in PurePosixPath(name).parts or name.startswith('/'): return name
+    stem = name[:-len(PurePosixPath(name).suffix)] if PurePosixPath(name).suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp') else name
+    return stem if stem in sizes else PurePosixPath(stem).name
+
+# %% ../../nbs/81_annotate.formats.ipynb #02d518cb
+def brush_rle(
+    mask:np.ndarray, # (H, W) bool
+)->list[int]: # bytes
+    "A mask in Label Studio's code"
+    flat = mask.ravel().astype(np.int64)*255
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
+    runs, values = np.diff(starts, append=flat.size)*4, flat[starts]
+    full = (runs - 1) >> 16 # a block says at most 2^16 bytes
+    last = runs - (full << 16)
+    lengths = np.full((full + 1).sum(), 1 << 16)
+    lengths[np.cumsum(full + 1) - 1] = last
+    codes = (0b111 << 24) + (lengths - 1 << 8) + np.repeat(values, full + 1)
+    head = f'{flat.size*4:032b}' + f'{8 - 1:05b}' + ''.join(f'{k - 1:04b}' for k in (3, 4, 8, 16))
+    bits = np.concatenate([np.array(list(head), np.uint8), (codes[:, None] >> np.arange(26, -1, -1) & 1).astype(np.uint8).ravel()])
+    return np.packbits(bits).tolist()
+
+# %% ../../nbs/81_annotate.formats.ipynb #a0772726
+def brush_mask(
+    rle:list,   # bytes
+    size:tuple, # (H, W) that it should have
+)->np.ndarray: # (H, W) bool: more than half opaque
+    "A mask from Label Studio's code"
+    s, at = ''.join(f'{b:08b}' for b in bytes(rle)), 53
+    count, word, sizes = int(s[:32], 2), int(s[32:37], 2) + 1, [int(s[k:k + 4], 2) + 1 for k in (37, 41, 45, 49)]
+    if count != math.prod(size)*4 or word != 8:
+        raise ValueError(f"expected the code of {math.prod(size)*4:,} bytes, got {count:,} words of {word} bits")
+    out, i = np.empty(count, np.uint8), 0
+    while i < count:
+        bits = sizes[int(s[at + 1:at + 3], 2)]
+        n, at, run = int(s[at + 3:at + 3 + bits], 2) + 1, at + 3 + bits, s[at] == '1'
+        words = 1 if run else n
+        if i + n > count or at + 8*words > len(s): raise ValueError("the code ends before the image does, or goes beyond it")
+        out[i:i + n] = [int(s[k:k + 8], 2) for k in range(at, at + 8*words, 8)]
+        i, at = i + n, at + 8*words
+    return out.reshape(*size, 4)[..., 3] > 127
+
+# %% ../../nbs/81_annotate.formats.ipynb #8614a70f
+_FROM = 'mask' # name of the brush in the project; `rejected` is that of the field for a reason
+
+def label_studio_config(
+    task:Task, # categorical or binary
+)->str: # XML
+    "The labeling interface: image, where to look, brush, and a field for why there can't be a label"
+    labels = '\n'.join(f'    <Label value={quoteattr(p.name)} background="{p.hex}"/>' for p in legend(task)[1:])
+    return f"""<View>
+  <Header value={quoteattr(f'{task.name}: what is left unpainted is {legend(task)[0].name}')}/>
+  <BrushLabels name="{_FROM}" toName="image">
+{labels}
+  </BrushLabels>
+  <View style="display: flex">
+    <View style="flex: 1"><Image name="image" value="$image" zoom="true"/></View>
+    <View style="flex: 1"><Header value="Yellow: here the network is unsure" size="6"/><Image name="where_to_look" value="$unsure"/></View>
+  </View>
+  <TextArea name="rejected" toName="image" maxSubmissions="1" rows="1" placeholder="No label possible? Say why, press Enter, and submit"/>
+</View>
+"""
+
+# %% ../../nbs/81_annotate.formats.ipynb #09964cc9
+def _uri(rgb:np.ndarray)->str: # an image inside JSON
+    Image.fromarray(rgb).save(f := io.BytesIO(), 'jpeg', quality=95)
+    return 'data:image/jpeg;base64,' + base64.b64encode(f.getvalue()).decode()
+
+def label_studio_task(
+    q:Query,
+)->dict: # as Label Studio imports it
+    "A query as a task, its guess as a prediction"
+    H, W = q.rgb.shape[:2]
+    said = dict(type='brushlabels', from_name=_FROM, to_name='image', original_width=W, original_height=H, image_rotation=0)
+    guess = masks_of(q.guess, q.task) if q.guess is not None else ()
+    result = [dict(said, id=f'guess{p.value}', value=dict(format='rle', rle=brush_rle(m), brushlabels=[p.name])) for p, m in guess]
+    unsure = q.rgb if q.entropy is None else unsure_picture(q.rgb, q.entropy)
+    return dict(data=dict(image=_uri(q.rgb), unsure=_uri(unsure), image_id=q.image, task=q.task.name),
+                predictions=[dict(model_version='partal', result=result)] if result else [])
+
+def write_label_studio(folder, task:Task, queries:Iterable[Query])->list[str]:
+    "A project: `label_config.xml` and `tasks.json`"
+    tasks = []
+    how = ("In Label Studio make a project, paste label_config.xml under Settings > Labeling Interface > Code, and import tasks.json. "
+           "When done, export as JSON (not JSON-MIN).")
+    images = write_common(folder, task, queries, how, lambda q: tasks.append(label_studio_task(q)), format='label-studio')
+    write_atomic(Path(folder)/'label_config.xml', label_studio_config(task).encode())
+    write_atomic(Path(folder)/'tasks.json', json.dumps(tasks).encode())
+    return images
+
+# %% ../../nbs/81_annotate.formats.ipynb #cbf6858d
+def _find_json(parcel:Parcel, task:Task, fits:Callable)->list: # (name, content) of the JSON files that fit
+    names = parcel.find([f'{task.name}/annotations/', 'annotations/', *_places(task)], ['.json'])
+    found = [(n, d) for n in names if fits(d := read_json(parcel.bytes(n), n))]
+    if not found: raise ValueError(f"{parcel.path}: no export of this format; there are {names or parcel.names[:5] or 'no files'}. Export it again")
+    return found
+
+def is_label_studio(
+    d, # what a JSON file says
+)->bool:
+    "Is it Label Studio's export? JSON-MIN, which leaves out who annotated and what was skipped, is not"
+    def fits(t): return isinstance(t, dict) and isinstance(t.get('data'), dict) and isinstance(t.get('annotations'), list)
+    return isinstance(d, list) and bool(d) and all(fits(t) for t in d)
+
+def _when(annotation)->str: return str(annotation.get('updated_at', '')) if isinstance(annotation, dict) else ''
+
+def read_label_studio(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H, W)
+    "Answers of Label Studio's exported JSON"
+    parcel = Parcel(path)
+    found = _find_json(parcel, task, is_label_studio)
+    def answers():
+        for name, why in parcel.refused.items(): yield Answer(PurePosixPath(name).stem, task.name, source=name, problem=why)
+        for name, t in ((name, t) for name, d in found for t in d):
+            for k, a in enumerate(sorted(t['annotations'], key=_when)):
+                where, image = f"{name}, task {t.get('id')}, annotation {k + 1} of {len(t['annotations'])}", str(t['data'].get('image_id'))
+                try: yield _studio_answer(task, sizes, image, where, t['data'], a)
+                except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+                    why = str(e) if type(e) is ValueError else f"{where}: not as Label Studio writes it ({e!r}); export it again as JSON"
+                    yield Answer(image, task.name, source=where, problem=why)
+    return answers()
+
+# %% ../../nbs/81_annotate.formats.ipynb #f0131c18
+def _studio_answer(task, sizes, image, where, data, a)->Answer:
+    if data.get('task', task.name) != task.name:
+        raise ValueError(f"{where}: expected task {task.name!r}, got {data['task']!r}; give each task its own export")
+    by = a.get('completed_by')
+    who, seconds = by.get('email') or by.get('id') if isinstance(by, dict) else by, a.get('lead_time')
+    reasons = [' '.join(r['value']['text']) for r in a['result'] if r.get('from_name') == 'rejected' and r['value']['text']]
+    rejected = reasons[0] if reasons else 'skipped in Label Studio' if a.get('was_cancelled') else None
+    row = dict(rejected=rejected, who=None if who is None else str(who), minutes=None if seconds is None else seconds/60)
+    def label(size): return paint_masks(_brushed(a['result'], size, where), task, size, where)
+    return _answer(task, sizes, image, where, None if rejected else label, row)
+
+def _brushed(result:list, size:tuple, where:str): # (name, mask)
+    for r in result:
+        if r.get('from_name') == 'rejected': continue
+        if r.get('type') != 'brushlabels' or r['value'].get('format') != 'rle':
+            raise ValueError(f"{where}: expected brushed regions, got {r.get('type')!r}; paint with the brush")
+        got, names = (r['original_height'], r['original_width']), r['value']['brushlabels']
+        if got != tuple(size):
+            raise ValueError(f"{where}: expected {size[0]} × {size[1]} pixels (height × width), got {got[0]} × {got[1]}; "
+                             "label the image at its own size")
+        if len(names) != 1: raise ValueError(f"{where}: expected one class for each region, got {names}")
+        try: yield names[0], brush_mask(r['value']['rle'], size)
+        except (ValueError, IndexError) as e: raise ValueError(f"{where}, region {r.get('id')}: not a whole mask: {e}; export it again") from e
+
+# %% ../../nbs/81_annotate.formats.ipynb #cacf22fe
+def _labelmap(task:Task)->list[Paint]: # CVAT calls what is unpainted `background`
+    first, *rest = legend(task)
+    for p in rest:
+        if set(p.name) & set(':,#\n'): raise ValueError(f"task {task.name!r}: class {p.name!r} has a character of : , # that a CVAT label can't have")
+    return [replace(first, name='background'), *rest]
+
+def cvat_zip(
+    guesses:dict, # image id → (H, W, 1), classes
+    task:Task,    # categorical or binary
+)->bytes: # "Segmentation mask 1.1"
+    "Labels as CVAT uploads them"
+    paints = _labelmap(task)
+    palette, region_of = np.uint8([p.color for p in paints]), np.zeros(256, int)
+    region_of[[p.value for p in paints]] = range(len(paints))
+    with zipfile.ZipFile(f := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('labelmap.txt', '# label:color_rgb:parts:actions\n' + ''.join(f"{p.name}:{','.join(map(str, p.color))}::\n" for p in paints))
+        z.writestr('ImageSets/Segmentation/default.txt', ''.join(f'{i}\n' for i in guesses))
+        for i, label in guesses.items():
+            region = region_of[label[..., 0]]
+            z.writestr(f'SegmentationClass/{i}.png', png_bytes(palette[region]))
+            z.writestr(f'SegmentationObject/{i}.png', png_bytes(voc_colors()[region]))
+    return f.getvalue()
+
+# %% ../../nbs/81_annotate.formats.ipynb #c669b14d
+def write_cvat(folder, task:Task, queries:Iterable[Query])->list[str]:
+    "A task for CVAT: `labels.json`, images, and the guess as a zip to upload"
+    guesses, labels = {}, [dict(name=p.name, color=p.hex, type='mask', attributes=[]) for p in _labelmap(task)[1:]]
+    def keep(q):
+        if q.guess is not None: guesses[q.image] = q.guess
+    how = (f"In CVAT make a task with labels.json (Raw) and the files of images/, then Upload annotations: Segmentation mask 1.1, guess.zip. "
+           f"What is left unpainted is {legend(task)[0].name}. When all is done, Export: Segmentation mask 1.1.")
+    images = write_common(folder, task, queries, how, keep, format='cvat')
+    write_json(Path(folder)/'labels.json', labels)
+    write_atomic(Path(folder)/'guess.zip', cvat_zip(guesses, task))
+    return images
+
+# %% ../../nbs/81_annotate.formats.ipynb #06c931a5
+def cvat_labelmap(
+    data:bytes, # of a labelmap.txt
+    task:Task,
+    where:str,  # named in the message
+)->dict: # (r, g, b) → value
+    "Colors of a CVAT export"
+    values, known = {p.name: p.value for p in _labelmap(task)}, {}
+    for line in data.decode('utf-8', 'replace').splitlines():
+        if not line.strip() or line[0] == '#': continue
+        name, color, *_ = *line.split(':'), ''
+        try: rgb = tuple(map(int, color.split(',')))
+        except ValueError: rgb = ()
+        if name not in values: raise ValueError(f"{where} (task {task.name}): no class {name!r}; there are {list(values)}. Correct the name in CVAT")
+        if len(rgb) != 3 or rgb in known:
+            raise ValueError(f"{where} (task {task.name}): class {name!r} has no color of its own: {color!r}; give it one in CVAT")
+        known[rgb] = values[name]
+    return known
+
+# %% ../../nbs/81_annotate.formats.ipynb #0fdd181d
+def read_cvat(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H, W)
+    "Answers of CVAT's export in Segmentation mask 1.1"
+    parcel = Parcel(path)
+    roots = [r for r in (f'{parcel.top}{task.name}/', parcel.top) if f'{r}labelmap.txt' in parcel.names]
+    if not roots:
+        raise FileNotFoundError(f"{path}: no labelmap.txt; there are {parcel.names[:5] or 'no files'}. Export it again as Segmentation mask 1.1")
+    known = cvat_labelmap(parcel.bytes(f'{roots[0]}labelmap.txt'), task, f'{path}, labelmap.txt')
+    def found(name):
+        def read(size):
+            image = decode_image(parcel.bytes(name), size, name)
+            if image.mode not in ('RGB', 'P'):
+                raise ValueError(f"{name} (task {task.name}): expected the colors of labelmap.txt, got mode {image.mode}; export with colors")
+            return check_answer(classes_of_colors(np.array(image.convert('RGB')), known, name), task, size, name)
+        return known_image(name.removeprefix(where), sizes), name, read
+    where = f'{roots[0]}SegmentationClass/'
+    return collect(parcel, task, sizes, [found(n) for n in parcel.names if n.startswith(where)])
+
+# %% ../../nbs/81_annotate.formats.ipynb #c8f48bba
+def coco_masks(): # `pycocotools.mask`
+    "COCO's codec, imported when it is needed"
+    try: from pycocotools import mask
+    except ImportError as e: raise ImportError("format 'coco' needs pycocotools: pip install 'partal_nb[annotate]'") from e
+    return mask
+
+def coco_segment(
+    mask:np.ndarray, # (H, W) bool
+)->dict: # size, counts
+    "A mask in COCO's code"
+    code = coco_masks().encode(np.asfortranarray(mask, np.uint8))
+    return dict(size=list(code['size']), counts=code['counts'].decode())
+
+# %% ../../nbs/81_annotate.formats.ipynb #e8c6fedf
+def coco_mask(
+    segment,    # dict with size and counts, or a list of polygons x, y, x, y, …
+    size:tuple, # (H, W) of the image
+)->np.ndarray: # (H, W) bool
+    "A mask from COCO's code, or from polygons"
+    codec = coco_masks()
+    if isinstance(segment, list):
+        parts = [np.array(p, float) for p in segment]
+        if not parts or any(p.ndim > 1 or p.size < 6 or p.size % 2 or not (abs(p) <= 2*max(size)).all() for p in parts):
+            raise ValueError("expected polygons of at least three corners x, y, in the image")
+        return codec.decode(codec.merge(codec.frPyObjects([p.tolist() for p in parts], *size))).astype(bool)
+    counts, got = segment['counts'], tuple(segment['size'])
+    if got != tuple(size): raise ValueError(f"expected {size[0]} × {size[1]} pixels (height × width), got {' × '.join(map(str, got))}")
+    if isinstance(counts, list):
+        if any(type(n) is not int or n < 0 for n in counts) or sum(counts) != math.prod(size):
+            raise ValueError(f"runs do not sum to {math.prod(size)}")
+        return np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[::-1]).T.astype(bool)
+    mask = codec.decode(dict(size=list(size), counts=counts.encode())) # what a short code leaves open, it leaves as it was in memory
+    if codec.encode(np.asfortranarray(mask))['counts'].decode() != counts: raise ValueError("the code ends before the image does")
+    return mask.astype(bool)
+
+# %% ../../nbs/81_annotate.formats.ipynb #6a80707d
+def coco_instances(
+    guesses:dict, # image id → (H, W, 1), classes
+    task:Task,    # categorical or binary
+)->dict: # COCO's JSON
+    "Labels as COCO instances, one for each class of an image"
+    paints, images, found = legend(task)[1:], [], []
+    for k, (i, label) in enumerate(guesses.items(), 1):
+        images.append(dict(id=k, file_name=f'{i}.png', height=label.shape[0], width=label.shape[1]))
+        for p, mask in masks_of(label, task):
+            (top, left), (bottom, right) = (f(np.argwhere(mask), 0) for f in (np.min, np.max))
+            found.append(dict(id=len(found) + 1, image_id=k, category_id=1 + paints.index(p), segmentation=coco_segment(mask), area=int(mask.sum()),
+                              bbox=[int(left), int(top), int(right - left + 1), int(bottom - top + 1)], iscrowd=1))
+    return dict(images=images, categories=_coco_classes(paints), annotations=found)
+
+def _coco_classes(paints)->list[dict]:
+    return [dict(id=k, name=p.name, supercategory='', isthing=0, color=list(p.color)) for k, p in enumerate(paints, 1)]
+
+def write_coco(folder, task:Task, queries:Iterable[Query])->list[str]:
+    "Images and the guess as COCO instances"
+    guesses = {}
+    def keep(q):
+        if q.guess is not None: guesses[q.image] = q.guess
+    coco_masks() # missing? say so before anything is written
+    how = (f"The guess is in guess/instances.json (COCO instances). What belongs to no region is {legend(task)[0].name}. "
+           "Put your export (instances or panoptic, the PNG files beside the JSON) into labels/.")
+    images = write_common(folder, task, queries, how, keep, format='coco')
+    write_json(Path(folder)/'guess/instances.json', coco_instances(guesses, task))
+    (Path(folder)/'labels').mkdir(exist_ok=True)
+    return images
+
+# %% ../../nbs/81_annotate.formats.ipynb #8dc4646f
+def _coco_image(parcel, task, names, annotations, image, where):
+    where = f'{where}, image {image}'
+    def read(size):
+        try:
+            panoptic = 'segments_info' in annotations[0]
+            return paint_masks((_panoptic if panoptic else _instances)(parcel, names, annotations, size, where), task, size, where)
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as e:
+            raise ValueError(f"{where}: not as COCO writes it ({e!r}); export it again") from e
+    return image, where, read
+
+# %% ../../nbs/81_annotate.formats.ipynb #c082a056
+def is_coco(
+    d, # what a JSON file says
+)->bool:
+    "Is it COCO's JSON?"
+    def fits(part): return isinstance(part, list) and all(isinstance(x, dict) for x in part)
+    return isinstance(d, dict) and all(fits(d.get(k)) for k in ('images', 'categories', 'annotations'))
+
+def read_coco(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H, W)
+    "Answers of COCO's JSON, instances or panoptic"
+    parcel = Parcel(path)
+    def found():
+        for where, d in _find_json(parcel, task, is_coco):
+            try:
+                names, of = {c['id']: c['name'] for c in d['categories']}, {m['id']: [] for m in d['images']}
+                lost = [a for a in d['annotations'] if a['image_id'] not in of]
+            except (KeyError, TypeError) as e: raise ValueError(f"{where}: not as COCO writes it ({e!r}); export it again") from e
+            if lost: raise ValueError(f"{where}: {len(lost)} annotations of no image in the file; export it again")
+            for a in d['annotations']: of[a['image_id']].append(a)
+            for m in d['images']:
+                if of[m['id']]: yield _coco_image(parcel, task, names, of[m['id']], known_image(m.get('file_name'), sizes), where)
+    return collect(parcel, task, sizes, list(found()))
+
+# %% ../../nbs/81_annotate.formats.ipynb #18cd7491
+def _instances(parcel, names, annotations, size, where): # (class, mask)
+    for a in annotations:
+        try: yield names[a['category_id']], coco_mask(a['segmentation'], size)
+        except ValueError as e: raise ValueError(f"{where}, annotation {a.get('id')}: {e}; export it again") from e
+
+def _panoptic(parcel, names, annotations, size, where): # (class, mask)
+    name = str(annotations[0]['file_name'])
+    files = [n for n in parcel.names if n == name or n.endswith(f'/{name}')]
+    if len(files) != 1: raise ValueError(f"{where}: expected one file {name!r} beside the JSON, there are {len(files)}; export it again")
+    ids = np.array(decode_image(parcel.bytes(files[0]), size, files[0]).convert('RGB')).astype(np.int64) @ [1, 1 << 8, 1 << 16]
+    segments = {s['id']: names[s['category_id']] for s in annotations[0]['segments_info']}
+    if unknown := sorted(set(np.unique(ids).tolist()) - {0, *segments}):
+        raise ValueError(f"{files[0]}: segments {unknown[:5]} are not in the JSON; export it again")
+    for k, name in segments.items(): yield name, ids == k
+
 # %% ../../nbs/81_annotate.formats.ipynb #a405ad68
 CLASSES, ALL = ('categorical', 'binary'), ('categorical', 'binary', 'regression')
 
@@ -478,17 +853,26 @@ class Format:
         if not self.fits(task): raise ValueError(f"format {self.name!r} can't hold task {task.name!r} ({task.kind}); "
                                                  f"use {[f.name for f in FORMATS.values() if f.fits(task)]}")
 
-# %% ../../nbs/81_annotate.formats.ipynb #1a7226c6
+# %% ../../nbs/81_annotate.formats.ipynb #a25fc879
 FORMATS = {f.name: f for f in (
     Format('png', 'a folder of PNG files: class numbers, 16 bit millimeters, or normals in 8 bit', ALL, write_png, read_png),
-    Format('npy', 'a folder of NumPy files in the unit of the task', ALL, write_npy, read_npy))}
+    Format('npy', 'a folder of NumPy files in the unit of the task', ALL, write_npy, read_npy),
+    Format('label-studio', 'a Label Studio project with brushed guesses, and its exported JSON', CLASSES, write_label_studio, read_label_studio),
+    Format('cvat', 'a CVAT task, and its export in Segmentation mask 1.1', CLASSES, write_cvat, read_cvat),
+    Format('coco', 'COCO instances out; instances or panoptic in', CLASSES, write_coco, read_coco))}
 
-# %% ../../nbs/81_annotate.formats.ipynb #de472079
+# %% ../../nbs/81_annotate.formats.ipynb #0dc7cae3
 def detect_format(
     path, # a folder, a zip or a file
 )->str: # a name in `FORMATS`
     "The format of what came back"
     parcel = Parcel(path)
-    for name in ('png', 'npy'):
-        if any(n.lower().endswith(f'.{name}') and not {'images', 'guess', 'unsure'} & set(PurePosixPath(n).parts) for n in parcel.names): return name
+    came = [n for n in parcel.names if not {'images', 'guess', 'unsure'} & set(PurePosixPath(n).parts)]
+    if any(PurePosixPath(n).name == 'labelmap.txt' for n in came): return 'cvat'
+    for n in (n for n in came if n.lower().endswith('.json')):
+        d = read_json(parcel.bytes(n), n)
+        if is_label_studio(d): return 'label-studio'
+        if is_coco(d): return 'coco'
+    for name in ('npy', 'png'):
+        if any(n.lower().endswith(f'.{name}') for n in came): return name
     raise ValueError(f"{path}: none of {list(FORMATS)}; there are {parcel.names[:5] or 'no files'}. Name the format, or put the labels into labels/")
