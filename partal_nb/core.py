@@ -22,7 +22,7 @@ from typing import Iterable, NamedTuple
 
 import numpy as np
 
-# %% ../nbs/00_core.ipynb #6df19e33
+# %% ../nbs/00_core.ipynb #a88c7546
 KINDS = ('categorical', 'binary', 'regression')
 LOSSES = dict(cross_entropy='categorical', balanced_bce='binary', edge_bce='binary', l1='regression', l1_unit='regression')
 METRICS = dict(miou='categorical', parts_miou='categorical', max_iou='binary', odsf='binary', odsf_nyuv2='binary',
@@ -67,7 +67,7 @@ def _check_task(t:Task):
         raise ValueError(f"task {t.name!r}: {len(t.classes)} class names for {t.channels} channels")
     if t.channels < 1 or t.weight <= 0 or t.cost < 0: raise ValueError(f"task {t.name!r}: channels >= 1, weight > 0, cost >= 0")
 
-# %% ../nbs/00_core.ipynb #07924bdc
+# %% ../nbs/00_core.ipynb #cbe22aa9
 PARTS = ('background', 'head', 'torso', 'upper arms', 'lower arms', 'upper legs', 'lower legs')
 
 def semseg_task(
@@ -121,7 +121,7 @@ class DataConfig:
     val_images:int=0             # measure on so many images held out of train, not on test: for choosing anything by its metrics
     augment:str='nyuv2'          # `nyuv2`: flip and zoom; `pascal`: flip, rotate, scale; `flip`; `none`
 
-# %% ../nbs/00_core.ipynb #2e7b9c68
+# %% ../nbs/00_core.ipynb #7bcc620c
 @dataclass(frozen=True)
 class BuyConfig:
     "What is bought, and why"
@@ -131,6 +131,12 @@ class BuyConfig:
     rounds:int=5                 # purchases; the network is trained once more after the last
     passes:int=10                # T, stochastic passes of MC dropout
     inject_score:bool=True       # known modalities of an image are injected while its others are scored (paper, section 3.1)
+    step_money:float=0.          # money spent a round in place of `step_pairs`, in `price_unit`; 0: the budget counts pairs
+    per_price:bool=False         # of `step_money`: by score per price; off: along the strategy's ranking, whatever a label costs
+    prices:tuple[str, ...]=()    # `semseg=9`: its price; `normals=depth`: they come free with depth; not mentioned: the data set's `Task.cost`
+    open_price:float=0.          # of an image, paid once, with its first label
+    label_cap:int=0              # labels of an image that are paid for at most, the start aside; 0: all of them
+    price_unit:str='labels'      # of all prices, for display: `min`, `EUR`
 
 # %% ../nbs/00_core.ipynb #7a45cddf
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class TrainConfig:
     precision:str='auto'         # `auto`: bf16 on a GPU that has it, else fp32; or `fp32`, `bf16`
     device:str='auto'            # `auto`: a GPU if there is one; or any torch device
 
-# %% ../nbs/00_core.ipynb #f9bd15c4
+# %% ../nbs/00_core.ipynb #9636f252
 @dataclass(frozen=True)
 class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     "All that decides the result of a run"
@@ -165,16 +171,18 @@ class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     seed:int=0                   # start images, initial weights, augmentation, dropout and ties all follow from it
 
     def __post_init__(self):
-        if isinstance(self.tasks, str) or not isinstance(self.tasks, Iterable):
-            raise TypeError(f'config tasks: expected a list of names, e.g. ["depth"], got {json.dumps(self.tasks)}')
-        object.__setattr__(self, 'tasks', tuple(self.tasks))
+        for name, e_g in dict(tasks='depth', prices='depth=0.5').items():
+            v = getattr(self, name)
+            if isinstance(v, str) or not isinstance(v, Iterable):
+                raise TypeError(f'config {name}: expected a list of names, e.g. ["{e_g}"], got {json.dumps(v)}')
+            object.__setattr__(self, name, tuple(v))
         _check_config(self)
 
-# %% ../nbs/00_core.ipynb #f3e620bf
+# %% ../nbs/00_core.ipynb #0b67f406
 _CHOICES = dict(dropout_at=('heads', 'all'), train_by=('epochs', 'steps', 'looks'), augment=('nyuv2', 'pascal', 'flip', 'none'),
                 precision=('auto', 'fp32', 'bf16'))
 _AT_LEAST = dict(seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, start_images=1, step_pairs=1, rounds=0, features=8,
-                 passes=2, train_for=1, batch_size=2, lr=0, weight_decay=0, poly_power=0)
+                 passes=2, train_for=1, batch_size=2, lr=0, weight_decay=0, poly_power=0, step_money=0, open_price=0, label_cap=0)
 
 def _check_config(c:RunConfig):
     for f in fields(c):
@@ -188,6 +196,7 @@ def _check_config(c:RunConfig):
         if getattr(c, k) < least: raise ValueError(f"config {k}: expected at least {least}, got {getattr(c, k)}")
     for k in ('dropout', 'inject_prob'):
         if not 0 <= getattr(c, k) < 1: raise ValueError(f"config {k}: expected a share in [0, 1), got {getattr(c, k)}")
+    if c.per_price and not c.step_money: raise ValueError("config per_price: scores per price need a budget in money; set step_money")
     if repeated := [t for t in set(c.tasks) if c.tasks.count(t) > 1]: raise ValueError(f"config tasks: {repeated} named twice")
 
 # %% ../nbs/00_core.ipynb #18165950
@@ -218,14 +227,15 @@ def config_from_dict(
     if unknown := sorted(set(d) - set(known)): raise ValueError(f"unknown config keys {unknown}; there are {known}")
     return RunConfig(**d)
 
-# %% ../nbs/00_core.ipynb #9b7de101
+# %% ../nbs/00_core.ipynb #94e15026
 _WHERE = ('data', 'device')
+_YOUNGER = dict(step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels') # and what was done before
 
 def config_hash(
     c:RunConfig, # a configuration
 )->str: # 12 hexadecimal digits
     "Identity of a run: the same for the same result-deciding fields, wherever it runs"
-    d = {k:v for k, v in asdict(c).items() if k not in _WHERE}
+    d = {k:v for k, v in asdict(c).items() if k not in _WHERE and (k not in _YOUNGER or v != _YOUNGER[k])}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/00_core.ipynb #5469c5d3

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['about_machine', 'split_images', 'Run', 'check_run', 'load_data', 'open_run', 'read_scores', 'run', 'load_model']
 
-# %% ../nbs/60_loop.ipynb #40a8cac3
+# %% ../nbs/60_loop.ipynb #b1ae0eec
 import io
 import json
 import os
@@ -32,7 +32,8 @@ from .journal import Steps, append_journal, read_journal
 from .learner import Constant, evaluate, load_checkpoint, save_checkpoint, train
 from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
-from .select.strategy import Pool, Scores, get_strategy, select
+from .select.budget import Prices, least_total, parse_prices, price_of, spend
+from .select.strategy import Picks, Pool, Scores, get_strategy, select
 from .uncertainty.score import fit_normalizer, score_pool
 
 # %% ../nbs/60_loop.ipynb #b97853d6
@@ -111,13 +112,13 @@ def _locked(folder:Path):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/60_loop.ipynb #40c5334e
+# %% ../nbs/60_loop.ipynb #fdf3bc04
 def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
     need, have = config.start_images*available.shape[1] + config.rounds*config.step_pairs, int(available.sum())
     whole = int(available.all(1).sum())
     if config.start_images > whole:
         raise ValueError(f"start_images={config.start_images}, but only {whole} images of the pool have a label of every task")
-    if need > have:
+    if need > have and not _in_money(config, tasks):
         raise ValueError(f"the pool has {have} pairs, the run would buy {need} ({config.start_images} images × {available.shape[1]} tasks, then "
                          f"{config.rounds} × {config.step_pairs}): use fewer rounds or a smaller step_pairs")
     used_up = [t.name for t, n in zip(tasks, available.sum(0)) if n == config.start_images]
@@ -137,7 +138,29 @@ def _choose_tasks(config:RunConfig, store:Store)->tuple:
         raise ValueError(f"data set {store.name!r} has no task {missing}; there are {list(store.tasks)}")
     return tuple(store.tasks[t] for t in config.tasks or store.tasks)
 
-# %% ../nbs/60_loop.ipynb #4b302264
+# %% ../nbs/60_loop.ipynb #6673e0bb
+def _prices(config:RunConfig, tasks:tuple)->Prices:
+    return parse_prices(config.prices, tasks, open=config.open_price, cap=config.label_cap, unit=config.price_unit)
+
+def _in_money(config:RunConfig, tasks:tuple)->Prices|None: # what a budget is counted in; None: in pairs, each as good as the other
+    prices = _prices(config, tasks)
+    if config.step_money: return prices
+    return prices.in_pairs() if prices.free_with or prices.cap else None
+
+def _check_money(config:RunConfig, images:list, tasks:tuple, available:np.ndarray):
+    prices, step = _in_money(config, tasks), config.step_money or config.step_pairs
+    if not prices or not config.rounds: return
+    labelled = np.zeros_like(available)
+    labelled[_start_images(config, available)] = True
+    have, dearest = least_total(Pool(tuple(images), tasks, labelled, available), prices), prices.open + max(prices.label[t.name] for t in tasks)
+    what = f"{'step_money' if config.step_money else 'step_pairs'}={step:g}"
+    if step < dearest:
+        raise ValueError(f"{what} {prices.unit}, but the dearest label costs {dearest:g}, so that a round may buy nothing: spend more a round")
+    if config.rounds*step > have:
+        raise ValueError(f"{what} {prices.unit}, {config.rounds} times, but after the start the pool is sure to cost {have:g} only: use fewer "
+                         f"rounds, spend less a round{', or raise label_cap' if prices.cap else ''}")
+
+# %% ../nbs/60_loop.ipynb #e045f3e2
 def check_run(
     config:RunConfig,   # all that decides the result
     folder,             # of the run
@@ -151,7 +174,9 @@ def check_run(
     if _check_folder(folder, config, store):
         with _locked(folder): pass
     tasks, (pool, _) = _choose_tasks(config, store), split_images(config, store)
-    _check_budget(config, tasks, np.array([[store.has(i, t.name) for t in tasks] for i in pool]))
+    available = np.array([[store.has(i, t.name) for t in tasks] for i in pool])
+    _check_budget(config, tasks, available)
+    _check_money(config, pool, tasks, available)
 
 # %% ../nbs/60_loop.ipynb #4b5985fc
 def load_data(
@@ -181,12 +206,21 @@ def open_run(
             _check_labels(ledger, pool)
             yield Run(folder, config, pool, test, ledger, progress)
 
-# %% ../nbs/60_loop.ipynb #2082e23d
+# %% ../nbs/60_loop.ipynb #c2571aeb
+def _start_images(config:RunConfig, available:np.ndarray)->np.ndarray: # (start_images,) rows of the pool
+    rng = np.random.default_rng(derive_seed(config.seed, 'start'))
+    return np.sort(rng.choice(np.flatnonzero(available.all(1)), config.start_images, replace=False))
+
 def _start(run:Run):
-    rng = np.random.default_rng(derive_seed(run.config.seed, 'start'))
-    whole = np.flatnonzero(run.pool.available.all(1))
-    images = np.sort(rng.choice(whole, run.config.start_images, replace=False))
-    run.ledger.reveal([Pair(run.pool.images[i], t.name) for i in images for t in run.pool.tasks], 0, 'start')
+    images = [run.pool.images[i] for i in _start_images(run.config, run.pool.available)]
+    _reveal(run, [Pair(i, t.name) for i in images for t in run.pool.tasks], 0, 'start')
+
+def _reveal(run:Run, pairs:list[Pair], r:int, source:str):
+    "Write a purchase into the ledger, each pair at what it costs beside all that came before"
+    row, col = ({x: i for i, x in enumerate(names)} for names in (run.pool.images, [t.name for t in run.pool.tasks]))
+    picks = Picks(np.array([(row[i], col[t]) for i, t in pairs]), np.ones(len(pairs)))
+    before = Pool(run.pool.images, run.pool.tasks, run.ledger.labelled(r - 1), run.pool.available)
+    run.ledger.reveal(pairs, r, source, price_of(picks, before, _prices(run.config, run.pool.tasks)).tolist())
 
 # %% ../nbs/60_loop.ipynb #2a338fd7
 def _train(run:Run, r:int)->tuple[PADNet, dict]:
@@ -234,17 +268,23 @@ def _score(run:Run, r:int, model:PADNet)->str: # the name of the file it wrote
     write_atomic(run.file('scores-{}.parquet', r), buffer.getvalue())
     return f'scores-{r}.parquet'
 
-# %% ../nbs/60_loop.ipynb #342dfb14
+# %% ../nbs/60_loop.ipynb #bdc980ba
 def _select(run:Run, r:int)->list: # [image, task, score] of every pick
     cfg, labelled = run.config, run.ledger.labelled(r)
     pool, raw, norm = Pool(run.pool.images, run.pool.tasks, labelled, run.pool.available), *[np.full(labelled.shape, np.nan)]*2
     if get_strategy(cfg.strategy).needs_scores:
         raw = _raw(read_scores(run.folder, r), run)
         norm = fit_normalizer(_raw(read_scores(run.folder, 0), run))(raw)
-    picks = select(cfg.strategy, Scores(raw, norm), pool, cfg.step_pairs, np.random.default_rng(derive_seed(cfg.seed, 'select', r)))
+    picks = _buy(run, r, Scores(raw, norm), pool)
     return [[p.image, p.task, s if np.isfinite(s) else None] for p, s in zip(picks.pairs(pool), picks.score.tolist())]
 
-# %% ../nbs/60_loop.ipynb #9282ec4f
+def _buy(run:Run, r:int, scores:Scores, pool:Pool)->Picks:
+    cfg, prices, rng = run.config, _in_money(run.config, pool.tasks), np.random.default_rng(derive_seed(run.config.seed, 'select', r))
+    if not prices: return select(cfg.strategy, scores, pool, cfg.step_pairs, rng)
+    budget = run.ledger.spent(0) + (r + 1)*cfg.step_money - run.ledger.spent(r) if cfg.step_money else cfg.step_pairs
+    return spend(cfg.strategy, scores, pool, prices, budget, rng, cfg.per_price)
+
+# %% ../nbs/60_loop.ipynb #0511cc22
 def _round(run:Run, r:int):
     "One round, and its line in the journal"
     steps, last = Steps(run.file('round-{}.json', r)), r == run.config.rounds
@@ -254,7 +294,7 @@ def _round(run:Run, r:int):
     if not last:
         if get_strategy(run.config.strategy).needs_scores: steps('score', lambda: _score(run, r, model))
         picks = steps('select', lambda: _select(run, r))
-        run.ledger.reveal([Pair(image, task) for image, task, _ in picks], r + 1, 'oracle')
+        _reveal(run, [Pair(image, task) for image, task, _ in picks], r + 1, 'oracle')
     append_journal(run.folder, dict(
         round=r, labels=run.ledger.counts(r), cost=run.ledger.spent(r), bought={} if last else _count(picks, run), **found,
         seconds=dict(train=round(trained['seconds'], 3), **steps.seconds), peak_memory_mb=_peak_memory(run.config),

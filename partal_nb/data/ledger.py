@@ -147,16 +147,18 @@ def _check_pairs(self:Ledger, pairs, round):
     if len(set(pairs)) < len(pairs): raise ValueError(f"{next(p for p in pairs if pairs.count(p) > 1)} is named twice; name each pair once")
     if round < 0: raise ValueError(f"round {round}: expected 0 for the start, 1 for the first purchase, …")
 
-# %% ../../nbs/14_data.ledger.ipynb #b68b6e72
+# %% ../../nbs/14_data.ledger.ipynb #7c6c864d
 @patch
 def reveal(self:Ledger,
     pairs:Iterable[Pair], # all pairs of the round
     round:int,            # 0 for the start, 1 for the first purchase, …
     source:str,           # `start`, `oracle`, `annotator`, …
+    costs:Iterable[float]=None, # of each pair, where prices depend on what else is bought; None: `Task.cost`
 )->int: # events written; 0 if the round was already there
     "Write the labels of one round, all or nothing"
     pairs, round = [Pair(str(i), str(t)) for i, t in pairs], operator.index(round)
     self._check_pairs(pairs, round)
+    costs = [self.tasks[self._col[p.task]].cost for p in pairs] if costs is None else list(costs)
     with _transaction(self):
         there = {Pair(*r) for r in self.db.execute("SELECT image, task FROM events WHERE kind = 'told' AND round = ?", (round,))}
         if there == set(pairs): return 0
@@ -165,7 +167,7 @@ def reveal(self:Ledger,
         for p in pairs:
             if r := self.db.execute("SELECT round FROM events WHERE kind = 'told' AND image = ? AND task = ?", p).fetchone():
                 raise ValueError(f"{p} is already labelled, since round {r[0]}; reveal only open pairs")
-        for p in pairs: self._write('told', p, round, self.tasks[self._col[p.task]].cost, source)
+        for p, cost in zip(pairs, costs, strict=True): self._write('told', p, round, cost, source)
     return len(pairs)
 
 @patch
