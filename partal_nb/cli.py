@@ -200,7 +200,7 @@ def init(
     with plain_errors():
         from partal_nb.annotate.project import init
         changed = parse_changes(changes or [])
-        if own := sorted({'data', 'tasks', 'preset'} & set(changed)): raise ValueError(f"--set {own[0]}=…: can't be set here, see `partal init --help`")
+        if own := sorted({'data', 'tasks', 'preset'} & set(changed)): raise ValueError(f"--set {own[0]}=…: can't be set here, see --help")
         p = init(data, project, tasks, cooldown=cooldown, val_share=val_share, min_gain=min_gain, **changed)
         typer.echo(f"{len(p.images)} images, {len(p.val)} to measure on, tasks {', '.join(t.name for t in p.tasks)}\n{p.folder}")
 

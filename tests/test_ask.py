@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from partal_nb.annotate.project import ask, curve, init, keep_label, load_labels, open_project, read_batch, status, tell
+from partal_nb.annotate.formats import Query, label_studio_task
+from partal_nb.annotate.project import ask, curve, init, load_labels, open_project, read_batch, status, tell
 from partal_nb.cli import app
-from partal_nb.core import Pair, semseg_task, standard_task, write_atomic
+from partal_nb.core import Pair, write_atomic
 from partal_nb.data.ledger import Ledger, replay
 from partal_nb.data.rooms import ROOM_TASKS, render_room
 from partal_nb.data.sources import prepare_rooms
@@ -200,7 +201,7 @@ def test_answered_twice_in_one_parcel(project, tmp_path):
     shutil.copy(back/f'depth/labels/{name}.png', back/f'depth/labels/{name}.tif')
     assert len(tell(project.folder, 1, back).took['told']) == 1
     write_atomic(back/f'depth/labels/{name}.tif', encode_label(TRUTH[name]['depth'] + 1, TASKS[1]))
-    assert 'answered 2 times, not alike' in tell(project.folder, 1, back).refused[0][1]
+    assert 'was answered 2 times, not alike' in tell(project.folder, 1, back).refused[0][1]
     (back/'depth/answers.csv').write_text(f'image,minutes,who,rejected\n{name},,,too dark\n')
     (back/f'depth/labels/{name}.tif').unlink()
     assert 'rejected' in tell(project.folder, 1, back).refused[0][1]
@@ -240,6 +241,30 @@ def test_a_rejected_pair_rests(project):
         tell(project.folder, number, answer(project.folder/f'back{number}', now.queries[-1:]))
     assert seen == [False, False, True]
     assert status(project.folder).tasks.rejected.sum() == 1
+
+def test_label_studio(tmp_path):
+    "A batch goes out as a Label Studio project; its export is told, and of two annotations of one image the later corrects the earlier"
+    p = init(photos(tmp_path/'photos'), tmp_path/'project', tasks_file(tmp_path), formats=dict(semseg='label-studio'), **TINY)
+    batch = ask(p.folder, budget=24, progress=False)
+    folder = batch.folder/'semseg'
+    sent = json.loads((folder/'tasks.json').read_text())
+    assert len(sent) >= 2
+    with pytest.raises(FileNotFoundError, match='Put the labels into labels/'): tell(p.folder, 1, batch.folder) # nothing came yet
+    def painted(task, day, say): # an annotation
+        i = task['data']['image_id']
+        made = label_studio_task(Query(i, TASKS[0], TRUTH[i]['rgb'], say(TRUTH[i]['semseg'].reshape(H, W, 1))))
+        return dict(result=made['predictions'][0]['result'], lead_time=120., completed_by=dict(email='ann@x.org'), updated_at=f'2026-01-0{day}')
+    right, hasty = (lambda y: y), (lambda y: np.where(y > 2, 2, y).astype(np.uint8))
+    export = [dict(sent[0], annotations=[painted(sent[0], 1, right)]), dict(sent[1], annotations=[painted(sent[1], 2, right), painted(sent[1], 1, hasty)])]
+    write_atomic(tmp_path/'export.json', json.dumps(export).encode())
+    told = tell(p.folder, 1, tmp_path/'export.json', task='semseg')
+    assert {k: len(v) for k, v in told.took.items()} == dict(told=2, corrected=1) and not told.refused, str(told)
+    found = events(p)
+    assert set(found.source[found.minutes.notna()]) == {'ann@x.org'} and status(p.folder).tasks.measured['semseg'] == 3
+    assert {k: len(v) for k, v in tell(p.folder, 1, tmp_path/'export.json', task='semseg').took.items()} == dict(same=2, older=1)
+    write_atomic(folder/'export.json', b'[{"data"')
+    r = called('tell', 1, batch.folder, '-p', p.folder)
+    assert r.exit_code in (1, 2) and 'export.json: not JSON' in r.stdout + r.stderr, (r.stdout, r.stderr)
 
 # Kills
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROJECT', 'DEFAULTS', 'read_tasks', 'Project', 'open_project', 'init', 'keep_label', 'prices_now', 'load_labels',
-           'Batch', 'ask', 'read_batch', 'Told', 'tell', 'quality', 'curve', 'Hint', 'stopping_hint', 'Status',
-           'status', 'money_figure', 'log_lines']
+           'Batch', 'ask', 'read_batch', 'load_network', 'Told', 'tell', 'quality', 'curve', 'Hint', 'stopping_hint',
+           'Status', 'status', 'money_figure', 'log_lines']
 
 # %% ../../nbs/82_annotate.project.ipynb #6d9a2863
 import json
@@ -413,7 +413,7 @@ def _make(p:Project, ledger:Ledger, steps:Steps, r:int, wish:dict, target:Path, 
 
 def _column(p:Project, task:str)->int: return [t.name for t in p.tasks].index(task)
 
-# %% ../../nbs/82_annotate.project.ipynb #1a8823dc
+# %% ../../nbs/82_annotate.project.ipynb #b4327008
 def _train(p:Project, arrays, train_on:np.ndarray, r:int, progress:bool):
     from partal_nb.learner import load_checkpoint, save_checkpoint, train
     from partal_nb.model.padnet import make_model
@@ -426,13 +426,29 @@ def _train(p:Project, arrays, train_on:np.ndarray, r:int, progress:bool):
     train(model, arrays, train_on, p.config, r, p.file('rounds/{}.safetensors', r), progress=progress)
     return model
 
+def load_network(
+    p:Project,
+    round:int=None, # of which batch's training; None: the last
+): # -> PADNet, in evaluation mode
+    "A network that `ask` trained"
+    from partal_nb.learner import load_checkpoint
+    from partal_nb.model.padnet import make_model
+    there = _networks(p, max([0, *_rounds(p)]))
+    if not there or (round or there[-1]) not in there: raise FileNotFoundError(f"no network of round {round or 'any'} in {p.folder}; there are {there}")
+    model = make_model(replace(p.config, pretrained=False), p.tasks)
+    load_checkpoint(p.file('rounds/{}.safetensors', round or there[-1]), model)
+    return model.eval()
+
 def _networks(p:Project, upto:int)->list[int]: # rounds that trained one
     return [q for q in range(1, upto + 1) if p.file('rounds/{}.safetensors', q).is_file()]
 
+# %% ../../nbs/82_annotate.project.ipynb #8cde1940
 def _about(p:Project, ledger:Ledger, upto:int)->dict:
     known = ledger.labelled(upto=upto)
     return dict(spent=ledger.spent(upto=upto), labels={t.name: int(n) for t, n in zip(p.tasks, known.sum(0))},
                 worth=float(known.sum(0) @ [p.prices.label[t.name] for t in p.tasks]))
+
+def _rounds(p:Project)->list[int]: return [int(f.stem) for f in p.folder.glob('rounds/[0-9]*.json')]
 
 def _measure(p:Project, test, r:int, model)->dict: # round -> task -> metric -> value, of every network so far on the images that are labeled now
     from partal_nb.learner import evaluate, load_checkpoint
@@ -536,19 +552,19 @@ def _query(p:Project, task:Task, image:str, rgb:np.ndarray, arrays, model):
     if task.kind != 'regression': guess = (guess > .5 if task.kind == 'binary' else guess).astype(np.uint8)
     return Query(image, task, rgb, guess, F.interpolate(entropy[None], rgb.shape[:2], mode='bilinear')[0, 0].cpu().numpy())
 
-# %% ../../nbs/82_annotate.project.ipynb #2a14e36b
+# %% ../../nbs/82_annotate.project.ipynb #82e6aab5
 @dataclass
 class Told:
     "What became of what came back"
     took:dict=field(default_factory=dict)    # `told`, `corrected`, `rejected`; and `same`, `older`, `labelled`, `not asked`: nothing to do -> pairs
-    refused:list=field(default_factory=list) # (where, why)
+    refused:list=field(default_factory=list) # (task, why)
     missing:int=0                            # pairs of the batch that nobody answered yet
 
     def __str__(self):
         say = dict(told='new labels', corrected='corrected labels (the old ones are kept)', rejected='rejections', same='known already',
                    older='older versions of labels that were corrected since, left alone', labelled='rejections of labeled pairs, left alone')
         lines = [f"{len(v)} {say.get(k, k)}" for k, v in self.took.items() if v]
-        lines += [f'{len(self.refused)} refused:', *(f'  {why}' for _, why in self.refused)] if self.refused else []
+        lines += [f'{len(self.refused)} refused:', *(f'  {task}: {why}' for task, why in self.refused)] if self.refused else []
         return '\n'.join([*(lines or ['nothing']), f'{self.missing} pairs of the batch are still out'])
 
 # %% ../../nbs/82_annotate.project.ipynb #2ba3e515
@@ -575,7 +591,7 @@ def tell(
     told.missing = sum(state[pair].kind == 'asked' and state[pair].round == batch for pair in queries)
     return told
 
-# %% ../../nbs/82_annotate.project.ipynb #adf441d4
+# %% ../../nbs/82_annotate.project.ipynb #8b17b6bb
 def _tasks_in(p:Project, queries:dict, path, task:str)->list[str]:
     from partal_nb.annotate.formats import Parcel
     asked = list(dict.fromkeys(pair.task for pair in queries))
@@ -586,38 +602,43 @@ def _tasks_in(p:Project, queries:dict, path, task:str)->list[str]:
     if len(asked) == 1: return asked
     raise ValueError(f"{path}: which task is it of? The batch asked for {asked}: put files into folders of these names, or say --task")
 
-def _read(p:Project, queries:dict, path, task:str, format:str)->list: # all answers
+def _read(p:Project, queries:dict, path, task:str, format:str)->list: # (answer, do later ones correct earlier ones?), all of them
     from partal_nb.annotate.formats import FORMATS, Answer, detect_format
     answers, absent, tasks = [], [], _tasks_in(p, queries, path, task)
     for name in tasks:
         sizes = {pair.image: (q['height'], q['width']) for pair, q in queries.items() if pair.task == name}
         where = path if task or not (Path(path)/name).is_dir() else Path(path)/name
-        try: answers += FORMATS[format or _looks(p, name, where, detect_format)].read(where, p.task(name), sizes)
+        try:
+            known = format or _looks(p.task(name), where, detect_format)
+            answers += [(a, known == 'label-studio') for a in FORMATS[known].read(where, p.task(name), sizes)]
         except FileNotFoundError as e: absent.append(e)
         except ValueError as e:
             if len(tasks) == 1: raise
-            answers.append(Answer('', name, source=str(path), problem=str(e)))
+            answers.append((Answer('', name, source=str(path), problem=str(e)), False))
     if absent and len(absent) == len(tasks): raise absent[0]
     return answers
 
-def _looks(p:Project, name:str, where, detect_format)->str:
+def _looks(task:Task, where, detect_format)->str:
     from partal_nb.annotate.formats import FORMATS
+    plain = next(f for f in ('png', 'npy') if FORMATS[f].fits(task))
     try: found = detect_format(where)
-    except ValueError: return p.formats[name]
-    return found if FORMATS[found].fits(p.task(name)) else p.formats[name]
+    except ValueError as e:
+        if not str(e).startswith(f'{where}: none of'): raise
+        return plain # no label in it, but perhaps a form with rejections
+    return found if FORMATS[found].fits(task) else plain
 
-# %% ../../nbs/82_annotate.project.ipynb #dc72e51c
+# %% ../../nbs/82_annotate.project.ipynb #13e657a5
 def _entries(p:Project, queries:dict, answers:list, told:Told)->list[Entry]:
     "What the ledger is to keep; labels are written, problems go to `told.refused`"
-    found = {}
-    for a in answers:
+    found, entries = {}, []
+    for a, ordered in answers:
         try: entry = _entry(p, queries, a)
-        except ValueError as e: told.refused.append((a.source or a.image, str(e)))
-        else: found.setdefault(Pair(a.image, a.task), []).append(entry)
-    entries = []
-    for pair, some in found.items():
-        if len({(e.sha256, e.reason) for e in some}) == 1: entries.append(some[0])
-        else: told.refused.append((pair.image, f"image {pair.image!r} (task {pair.task}): answered {len(some)} times, not alike; leave one"))
+        except ValueError as e: told.refused.append((a.task, str(e)))
+        else: found.setdefault((Pair(a.image, a.task), ordered), []).append(entry)
+    for (pair, ordered), some in found.items():
+        if ordered: entries += some
+        elif len({(e.sha256, e.reason) for e in some}) == 1: entries.append(some[0])
+        else: told.refused.append((pair.task, f"image {pair.image!r} was answered {len(some)} times, not alike; leave one"))
     return entries
 
 def _entry(p:Project, queries:dict, a)->Entry:
@@ -629,7 +650,7 @@ def _entry(p:Project, queries:dict, a)->Entry:
     cost = q['price'] if paid is None else paid + q['opening']
     return Entry(*pair, keep_label(p, a.image, p.task(a.task), a.label), cost, a.minutes, '', a.who or '')
 
-# %% ../../nbs/82_annotate.project.ipynb #da897986
+# %% ../../nbs/82_annotate.project.ipynb #63eb6fe8
 def quality(
     p:Project,
     measured:dict, # round -> task -> metric -> value
@@ -654,8 +675,6 @@ def curve(
     q = quality(p, measured)
     return pd.DataFrame([dict(round=r, spent=about[r]['spent'], worth=about[r]['worth'], quality=q.get(r),
                               **{t: next(iter(m.values())) for t, m in measured[str(r)].items()}) for r in rounds])
-
-def _rounds(p:Project)->list[int]: return [int(f.stem) for f in p.folder.glob('rounds/[0-9]*.json')]
 
 # %% ../../nbs/82_annotate.project.ipynb #5809b483
 @dataclass(frozen=True)
