@@ -33,7 +33,7 @@ def queries(source, name, n=3): # whose guess is the truth
         yield Query(i, task, rgb, label, np.random.default_rng(0).random(rgb.shape[:2]))
 
 def play(format, folder, task): # an annotator who takes every guess as it is; where the answers are
-    if format == 'cvat': return folder/'guess.zip'
+    if format == 'cvat': return folder/'guess/guess.zip'
     if format != 'label-studio':
         shutil.copytree(folder/'guess', folder/'labels', dirs_exist_ok=True)
         return folder
@@ -115,7 +115,7 @@ def test_no_name_from_outside_becomes_a_path(tmp_path):
     answers = list(FORMATS['png'].read(evil_zip(tmp_path/'z.zip', names, link='../secret.png'), semseg, SIZES))
     assert [a.image for a in answers if a.label is not None] == ['room0']
     assert all('leaves its folder' in a.problem for a in answers if a.source in names[1:4] + names[5:])
-    assert 'not a whole image' in next(a.problem for a in answers if a.source == 'labels/room2.png')
+    assert 'not a whole PNG' in next(a.problem for a in answers if a.source == 'labels/room2.png')
     assert sorted(tmp_path.rglob('*')) == sorted([*before, tmp_path/'z.zip'])
     (tmp_path/'f/labels').mkdir(parents=True)
     (tmp_path/'f/labels/room0.png').symlink_to(secret)
@@ -127,17 +127,23 @@ def test_a_zip_that_explodes_is_not_opened(tmp_path):
     with zipfile.ZipFile(tmp_path/'z.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         with z.open('labels/room0.png', 'w', force_zip64=True) as f:
             for _ in range(300): f.write(bytes(1 << 20))
-    with pytest.raises(ValueError, match='times its size, expected at most 200'): FORMATS['png'].read(tmp_path/'z.zip', semseg, SIZES)
+    with pytest.raises(ValueError, match='times its size, expected at most 100'): FORMATS['png'].read(tmp_path/'z.zip', semseg, SIZES)
     assert open_zip(tmp_path/'z.zip', LIMITS | dict(ratio=10**6)).namelist() == ['labels/room0.png']
 
 def test_a_file_that_says_it_is_huge_is_not_unpacked():
     png = to_png(label_of(semseg), semseg)
-    for side, says in ((9000, 'expected 24 × 32 pixels .* got 9000 × 9000'), (60000, 'a.png: not a whole image .* exceeds limit')):
+    for side, says in ((9000, 'expected 24 × 32 pixels .* got 9000 × 9000'), (60000, 'a.png: not a whole PNG .* exceeds limit')):
         ihdr = b'IHDR' + side.to_bytes(4, 'big')*2 + png[24:29]
         with pytest.raises(ValueError, match=says): from_png(png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, 'big') + png[33:], semseg, SIZE, 'a.png')
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, dict(descr='<f4', fortran_order=False, shape=(24, 32, 1 << 40)))
     with pytest.raises(ValueError, match='expected shape'): from_npy(head.getvalue(), depth, SIZE, 'a.npy')
+
+def test_a_palette_that_is_too_short():
+    def chunk(kind, data): return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
+    head = chunk(b'IHDR', (4).to_bytes(4, 'big') + (1).to_bytes(4, 'big') + bytes([8, 3, 0, 0, 0])) + chunk(b'PLTE', bytes(3) + b'\x80\0\0')
+    png = b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', zlib.compress(bytes([0, 0, 1, 2, 3]))) + chunk(b'IEND', b'')
+    with pytest.raises(ValueError, match='a palette of 2 colors, but pixels of number 3'): from_png(png, semseg, (1, 4), 'a.png')
 
 @pytest.mark.parametrize('task', [semseg, depth, normals, edges], ids=lambda t: t.name)
 def test_a_file_cut_anywhere_is_refused_by_name(task):
@@ -149,6 +155,18 @@ def test_a_file_cut_anywhere_is_refused_by_name(task):
             except ValueError as e: refused += str(e).startswith('a.b')
             else: assert np.array_equal(got, whole), n # only checksums and an empty chunk are lost
         assert refused >= len(data)//step - 4
+
+@pytest.mark.filterwarnings('ignore:overflow:RuntimeWarning', 'ignore:invalid escape:DeprecationWarning')
+@pytest.mark.parametrize('task', [semseg, depth, normals, edges], ids=lambda t: t.name)
+def test_a_file_with_wrong_bytes_is_refused_or_still_a_label(task):
+    rng, refused = np.random.default_rng(0), 0
+    for data, read in ((to_png(label_of(task), task), from_png), (to_npy(label_of(task), task), from_npy)):
+        for k in range(400):
+            spoiled = bytearray(data)
+            for at in rng.integers(0, len(data) if k % 2 else 130, 3): spoiled[at] = rng.integers(0, 256)
+            try: assert read(bytes(spoiled), task, SIZE, 'a').shape == label_of(task).shape
+            except ValueError: refused += 1
+    assert refused
 
 @pytest.mark.parametrize('task,wrong,says', [
     (depth, lambda y: y*1000, 'unit off by a thousand'), (depth, lambda y: y/1000, 'unit off by a thousand'), (depth, lambda y: -y, 'depths are negative'),
@@ -235,7 +253,7 @@ def test_datumaro_reads_what_we_write_and_we_read_what_it_writes(shared, tmp_pat
     source, kind, out = tmp_path/'in', 'voc_segmentation' if format == 'cvat' else 'coco_instances', tmp_path/'out'
     out.mkdir()
     FORMATS[format].write(tmp_path/'q', task, asked)
-    if format == 'cvat': zipfile.ZipFile(tmp_path/'q/guess.zip').extractall(source)
+    if format == 'cvat': zipfile.ZipFile(tmp_path/'q/guess/guess.zip').extractall(source)
     else:
         for folder in ('annotations', 'images'): (source/folder).mkdir(parents=True)
         shutil.copy(tmp_path/'q/guess/instances.json', source/'annotations/instances_default.json')
