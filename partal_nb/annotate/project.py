@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROJECT', 'DEFAULTS', 'read_tasks', 'Project', 'open_project', 'init', 'keep_label', 'prices_now', 'load_labels',
-           'Batch', 'ask', 'read_batch', 'load_network', 'Told', 'tell', 'quality', 'curve', 'Hint', 'stopping_hint',
+           'Batch', 'ask', 'read_batch', 'Told', 'tell', 'load_network', 'quality', 'curve', 'Hint', 'stopping_hint',
            'Status', 'status', 'money_figure', 'log_lines']
 
 # %% ../../nbs/82_annotate.project.ipynb #6d9a2863
@@ -413,7 +413,7 @@ def _make(p:Project, ledger:Ledger, steps:Steps, r:int, wish:dict, target:Path, 
 
 def _column(p:Project, task:str)->int: return [t.name for t in p.tasks].index(task)
 
-# %% ../../nbs/82_annotate.project.ipynb #b4327008
+# %% ../../nbs/82_annotate.project.ipynb #68d4c028
 def _train(p:Project, arrays, train_on:np.ndarray, r:int, progress:bool):
     from partal_nb.learner import load_checkpoint, save_checkpoint, train
     from partal_nb.model.padnet import make_model
@@ -425,19 +425,6 @@ def _train(p:Project, arrays, train_on:np.ndarray, r:int, progress:bool):
     if p.config.warm_start and (before := _networks(p, r - 1)): load_checkpoint(p.file('rounds/{}.safetensors', before[-1]), model)
     train(model, arrays, train_on, p.config, r, p.file('rounds/{}.safetensors', r), progress=progress)
     return model
-
-def load_network(
-    p:Project,
-    round:int=None, # of which batch's training; None: the last
-): # -> PADNet, in evaluation mode
-    "A network that `ask` trained"
-    from partal_nb.learner import load_checkpoint
-    from partal_nb.model.padnet import make_model
-    there = _networks(p, max([0, *_rounds(p)]))
-    if not there or (round or there[-1]) not in there: raise FileNotFoundError(f"no network of round {round or 'any'} in {p.folder}; there are {there}")
-    model = make_model(replace(p.config, pretrained=False), p.tasks)
-    load_checkpoint(p.file('rounds/{}.safetensors', round or there[-1]), model)
-    return model.eval()
 
 def _networks(p:Project, upto:int)->list[int]: # rounds that trained one
     return [q for q in range(1, upto + 1) if p.file('rounds/{}.safetensors', q).is_file()]
@@ -591,7 +578,7 @@ def tell(
     told.missing = sum(state[pair].kind == 'asked' and state[pair].round == batch for pair in queries)
     return told
 
-# %% ../../nbs/82_annotate.project.ipynb #8b17b6bb
+# %% ../../nbs/82_annotate.project.ipynb #80bad136
 def _tasks_in(p:Project, queries:dict, path, task:str)->list[str]:
     from partal_nb.annotate.formats import Parcel
     asked = list(dict.fromkeys(pair.task for pair in queries))
@@ -602,6 +589,7 @@ def _tasks_in(p:Project, queries:dict, path, task:str)->list[str]:
     if len(asked) == 1: return asked
     raise ValueError(f"{path}: which task is it of? The batch asked for {asked}: put files into folders of these names, or say --task")
 
+# %% ../../nbs/82_annotate.project.ipynb #94ebaee3
 def _read(p:Project, queries:dict, path, task:str, format:str)->list: # (answer, do later ones correct earlier ones?), all of them
     from partal_nb.annotate.formats import FORMATS, Answer, detect_format
     answers, absent, tasks = [], [], _tasks_in(p, queries, path, task)
@@ -649,6 +637,21 @@ def _entry(p:Project, queries:dict, a)->Entry:
     if a.rejected: return Entry(*pair, '', paid or 0., a.minutes, a.rejected, a.who or '')
     cost = q['price'] if paid is None else paid + q['opening']
     return Entry(*pair, keep_label(p, a.image, p.task(a.task), a.label), cost, a.minutes, '', a.who or '')
+
+# %% ../../nbs/82_annotate.project.ipynb #68bd9232
+def load_network(
+    p:Project,
+    round:int=None, # of which batch's training; None: the last
+): # -> PADNet, in evaluation mode
+    "A network that `ask` trained"
+    from partal_nb.learner import load_checkpoint
+    from partal_nb.model.padnet import make_model
+    there = _networks(p, max([0, *_rounds(p)]))
+    if not there or (round or there[-1]) not in there:
+        raise FileNotFoundError(f"no network of round {round or 'any'} in {p.folder}; there are {there}")
+    model = make_model(replace(p.config, pretrained=False), p.tasks)
+    load_checkpoint(p.file('rounds/{}.safetensors', round or there[-1]), model)
+    return model.eval()
 
 # %% ../../nbs/82_annotate.project.ipynb #63eb6fe8
 def quality(
