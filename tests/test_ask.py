@@ -131,11 +131,11 @@ def bad_zip(path, **members):
 def faults(task):
     "File content of a label that is refused, and what is said"
     one = lambda v, c=1: np.full((H, W, c), v)
-    if task == 'depth': return [(encode_label(one(2000e-6*1000), TASKS[1])[:50], 'not a whole image'), (png_bytes(np.full((H, W), 2, np.uint16)), 'unit off by a thousand'),
+    if task == 'depth': return [(encode_label(one(2000e-6*1000), TASKS[1])[:50], 'not a whole PNG'), (png_bytes(np.full((H, W), 2, np.uint16)), 'unit off by a thousand'),
         (png_bytes(np.zeros((H, W), np.uint16)), 'all of it is void'), (png_bytes(np.zeros((W, H), np.uint16)), f'expected {H} × {W} pixels'),
-        (png_bytes(np.full((H, W), 7, np.uint8)), 'expected 16 bit gray'), (b'', 'not a whole image'), (b'\x89PNG\r\n\x1a\n' + b'\0'*99, 'not a whole image')]
+        (png_bytes(np.full((H, W), 7, np.uint8)), 'expected 16 bit gray'), (b'', 'not a whole PNG'), (b'\x89PNG\r\n\x1a\n' + b'\0'*99, 'not a whole PNG')]
     if task == 'semseg': return [(png_bytes(np.full((H, W), 99, np.uint8)), 'pixels of value 99, but there are'), (png_bytes(np.full((H, W), 255, np.uint8)), 'all of it is void'),
-        (png_bytes(np.full((2*H, W), 1, np.uint8)), f'expected {H} × {W} pixels'), (b'GIF89a', 'not a whole image'), (png_bytes(np.full((H, W, 3), 9, np.uint8)), 'colors of no class')]
+        (png_bytes(np.full((2*H, W), 1, np.uint8)), f'expected {H} × {W} pixels'), (b'GIF89a', 'not a whole PNG'), (png_bytes(np.full((H, W, 3), 9, np.uint8)), 'colors of no class')]
     return [(png_bytes(np.full((H, W, 3), 160, np.uint8)), 'not of length 1'), (png_bytes(np.zeros((H, W, 3), np.uint8)), 'all of it is void'),
             (png_bytes(np.full((H, W, 3), (128, 128, 0), np.uint8)), 'look away from the viewer')]
 
@@ -198,12 +198,12 @@ def test_answered_twice_in_one_parcel(project, tmp_path):
     depth = by_task['depth'] or pytest.skip('none was asked')
     back = answer(tmp_path/'back', depth[:1])
     name = depth[0]['image']
-    shutil.copy(back/f'depth/labels/{name}.png', back/f'depth/labels/{name}.tif')
+    shutil.copy(back/f'depth/labels/{name}.png', back/f'depth/labels/{name}.PNG')
     assert len(tell(project.folder, 1, back).took['told']) == 1
-    write_atomic(back/f'depth/labels/{name}.tif', encode_label(TRUTH[name]['depth'] + 1, TASKS[1]))
+    write_atomic(back/f'depth/labels/{name}.PNG', encode_label(TRUTH[name]['depth'] + 1, TASKS[1]))
     assert 'was answered 2 times, not alike' in tell(project.folder, 1, back).refused[0][1]
     (back/'depth/answers.csv').write_text(f'image,minutes,who,rejected\n{name},,,too dark\n')
-    (back/f'depth/labels/{name}.tif').unlink()
+    (back/f'depth/labels/{name}.PNG').unlink()
     assert 'rejected' in tell(project.folder, 1, back).refused[0][1]
 
 def test_corrected_and_told_again(project, tmp_path):
