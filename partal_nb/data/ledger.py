@@ -208,16 +208,16 @@ def ask(self:Ledger,
 def _kind(self:Ledger, pair)->str: # of the last event of a pair; empty: there is none
     return (self.db.execute('SELECT kind FROM state WHERE image = ? AND task = ?', pair).fetchone() or ('',))[0]
 
-# %% ../../nbs/14_data.ledger.ipynb #7ed15a04
+# %% ../../nbs/14_data.ledger.ipynb #5ca21f01
 @patch
 def tell(self:Ledger,
-    entries:Iterable[Entry], # what came, in any order
+    entries:Iterable[Entry], # what came, in any order; of one pair the later corrects the earlier
     round:int,               # the batch's number, 0 for labels that were there from the beginning
     source:str='annotator',  # who, where an entry does not say
 )->list[str]: # for each entry `told`, `corrected`, `rejected`; or `same`, `older`, `labelled`, `not asked`: nothing was written
     "Write down what came, all in one transaction"
     entries = [Entry(*e) for e in entries]
-    self._check_pairs([Pair(e.image, e.task) for e in entries], round)
+    self._check_pairs(sorted({Pair(e.image, e.task) for e in entries}), round)
     with _transaction(self): return [self._tell(e, round, e.source or source) for e in entries]
 
 @patch
