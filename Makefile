@@ -8,12 +8,13 @@ PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.10 python3)
 # Every worker imports PyTorch, so memory rather than cores is the limit.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
-.PHONY: help demo test check readme hooks clean
+.PHONY: help demo test check docs readme hooks clean
 
 help:
 	@echo 'make demo   install into .venv and run PartAL beside random picks on the embedded rooms (minutes on a CPU)'
 	@echo 'make test   install the development tools too; library equals notebooks, notebooks run, tests pass'
 	@echo 'make check  only the first part: library equals notebooks, notebooks clean'
+	@echo 'make docs   build the site into _docs/ from the notebooks'
 	@echo 'make readme write the results table of README.md from the committed journals'
 	@echo 'make hooks  let git run `make check` before every commit'
 	@echo 'make clean  remove .venv and what was built or cached here; runs/ stays'
@@ -37,6 +38,9 @@ check: .venv/.dev
 		echo '`git add nbs partal_nb` if it is what you meant, and run this again.'; \
 		exit 1; \
 	fi >&2
+
+docs: .venv/.dev
+	python -c "from partal_nb.docs import build; print(build())"
 
 readme: .venv/.run
 	python -c "from partal_nb.report import update_results; update_results('README.md', 'nbs/runs/results')"
