@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Preset', 'Changes', 'InProject', 'kernel_app', 'partal', 'plain_errors', 'parse_changes', 'config', 'template',
-           'execute', 'run', 'strategies', 'prepare', 'check', 'report', 'init', 'ask', 'tell', 'status', 'log',
-           'kernel_install']
+           'execute', 'run', 'sweep', 'strategies', 'prepare', 'check', 'report', 'init', 'ask', 'tell', 'status',
+           'log', 'kernel_install']
 
 # %% ../nbs/90_cli.ipynb #3a21d683
 import json
@@ -139,6 +139,51 @@ def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)
         if not c.data: raise ValueError(f"preset {preset_name!r} needs a data set: give its folder with --data FOLDER")
         if c.data != 'rooms' and not Path(c.data).exists(): raise ValueError(f"--data {c.data}: no such folder")
     return configs
+
+# %% ../nbs/90_cli.ipynb #b8dd4cd9
+@app.command()
+def sweep(
+    out:Annotated[Path, typer.Option(help="Folder for the run folders and sweep.csv. The same command again goes on with what is unfinished.")],
+    strategies:Annotated[str, typer.Option(help="Names with commas between, or `all`; `partal strategies` lists them.")],
+    preset_name:Preset='demo',
+    seeds:Annotated[str, typer.Option(help="Numbers and ranges, e.g. 0-2 or 0,3,5-7.")]='0-2',
+    jobs:Annotated[int, typer.Option(help="Runs at a time; the cores are shared out among them.")]=2,
+    tries:Annotated[int, typer.Option(help="How often a run that fails is started; wrong input is not tried twice.")]=3,
+    data:Annotated[str, typer.Option(help="Folder of a data set, or `rooms`; empty: the preset's.")]='',
+    changes:Changes=None,
+):
+    "Run every strategy with every seed, and gather all journals in one table."
+    with plain_errors():
+        changed = _own_changes(changes, data)
+        finished = _sweep(_sweep_runs(preset_name, strategies, seeds, out, changed), out, jobs, tries)
+    if not finished: raise typer.Exit(1)
+
+# %% ../nbs/90_cli.ipynb #b0b7d7db
+def _own_changes(changes:list[str]|None, data:str)->dict:
+    changed = parse_changes(changes or [])
+    if own := sorted({'preset', 'strategy', 'seed', 'data'} & set(changed)):
+        raise ValueError(f"--set {own[0]}=…: say --{dict(strategy='strategies', seed='seeds').get(own[0], own[0])} instead")
+    return dict(changed, **(dict(data=data) if data else {}))
+
+def _sweep_runs(preset_name:str, strategies:str, seeds:str, out:Path, changed:dict)->dict[Path, RunConfig]:
+    from partal_nb.select.strategy import STRATEGIES, get_strategy
+    from partal_nb.sweep import grid, parse_seeds
+    names = list(STRATEGIES) if strategies == 'all' else [s.strip() for s in strategies.split(',')]
+    for name in names: get_strategy(name)
+    return grid(preset_name, names, parse_seeds(seeds), out, **changed)
+
+def _sweep(runs:dict[Path, RunConfig], out:Path, jobs:int, tries:int)->bool: # is all of it done?
+    from partal_nb.journal import is_finished, read_journal
+    from partal_nb.sweep import sweep, write_table
+    again = shlex.join(["partal", *sys.argv[1:]])
+    stopped = False
+    try: sweep(runs, jobs, tries)
+    except KeyboardInterrupt: stopped = True
+    if any(read_journal(f) for f in runs): typer.echo(write_table(runs, out/'sweep.csv'))
+    left = [f.name for f, c in runs.items() if not is_finished(c, f)]
+    if left: typer.echo(f'{"stopped" if stopped else "failed"} with {len(left)} of {len(runs)} runs unfinished; this goes on:\n  {again}', err=True)
+    if stopped: raise typer.Exit(130)
+    return not left
 
 # %% ../nbs/90_cli.ipynb #646d681b
 @app.command()

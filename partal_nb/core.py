@@ -108,7 +108,7 @@ class Pair(NamedTuple):
     image:str # id of the image, its file name without the suffix
     task:str  # name of the task
 
-# %% ../nbs/00_core.ipynb #5db4dae7
+# %% ../nbs/00_core.ipynb #7a084499
 @dataclass(frozen=True)
 class DataConfig:
     "What is looked at"
@@ -118,10 +118,11 @@ class DataConfig:
     width:int=128                # likewise
     pool_images:int=0            # use only the first so many training images; 0: all
     test_images:int=0            # use only the first so many test images; 0: all
+    also:tuple[str, ...]=()      # measured beside the metrics: `injection` (after the last round), `quality` of the uncertainty (each round)
     val_images:int=0             # measure on so many images held out of train, not on test: for choosing anything by its metrics
     augment:str='nyuv2'          # `nyuv2`: flip and zoom; `pascal`: flip, rotate, scale; `flip`; `none`
 
-# %% ../nbs/00_core.ipynb #7bcc620c
+# %% ../nbs/00_core.ipynb #bd7ede70
 @dataclass(frozen=True)
 class BuyConfig:
     "What is bought, and why"
@@ -131,6 +132,9 @@ class BuyConfig:
     rounds:int=5                 # purchases; the network is trained once more after the last
     passes:int=10                # T, stochastic passes of MC dropout
     inject_score:bool=True       # known modalities of an image are injected while its others are scored (paper, section 3.1)
+    estimator:str='mc_dropout'   # what the passes differ by; also `masksembles`, `ensemble`, `snapshots`, `inconsistency`
+    members:int=4                # networks of an ensemble, snapshots of one training, masks of Masksembles
+    normalizer:str='minmax'      # frozen first-round min-max (paper, section 3.2); also `quantile`, `anchor`, `rank`, `refit`, `none`
     step_money:float=0.          # money spent a round in place of `step_pairs`, in `price_unit`; 0: the budget counts pairs
     per_price:bool=False         # of `step_money`: by score per price; off: along the strategy's ranking, whatever a label costs
     prices:tuple[str, ...]=()    # `semseg=9`: its price; `normals=depth`: they come free with depth; not mentioned: the data set's `Task.cost`
@@ -138,7 +142,7 @@ class BuyConfig:
     label_cap:int=0              # labels of an image that are paid for at most, the start aside; 0: all of them
     price_unit:str='labels'      # of all prices, for display: `min`, `EUR`
 
-# %% ../nbs/00_core.ipynb #7a45cddf
+# %% ../nbs/00_core.ipynb #14332f49
 @dataclass(frozen=True)
 class ModelConfig:
     "The network"
@@ -147,8 +151,10 @@ class ModelConfig:
     features:int=64              # channels of a task's features; the protocol's network has 256
     dropout:float=0.2            # rate p of all dropout layers; the paper gives none
     dropout_at:str='heads'       # `heads`: late, so that T passes cost little; `all`: from the encoder's output on
+    dropout_kind:str='element'   # what is dropped at once: an `element` of a feature map, or a whole `channel`
+    message:str='prediction'     # what tasks tell each other: the `prediction`, or `features` beside it, dropped where a label is injected
 
-# %% ../nbs/00_core.ipynb #874b7e3f
+# %% ../nbs/00_core.ipynb #fce88418
 @dataclass(frozen=True)
 class TrainConfig:
     "One round of training"
@@ -160,10 +166,11 @@ class TrainConfig:
     lr:float=1e-4                # Adam's, the protocol's
     weight_decay:float=1e-4      # the protocol's
     poly_power:float=0.9         # lr · (1 − progress)^power, the protocol's
+    pseudo:float=0.              # trust in the last round's predictions as labels of the unlabelled modalities of partly labelled images; 0: off
     precision:str='auto'         # `auto`: bf16 on a GPU that has it, else fp32; or `fp32`, `bf16`
     device:str='auto'            # `auto`: a GPU if there is one; or any torch device
 
-# %% ../nbs/00_core.ipynb #9636f252
+# %% ../nbs/00_core.ipynb #f04c7a44
 @dataclass(frozen=True)
 class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     "All that decides the result of a run"
@@ -171,18 +178,21 @@ class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
     seed:int=0                   # start images, initial weights, augmentation, dropout and ties all follow from it
 
     def __post_init__(self):
-        for name, e_g in dict(tasks='depth', prices='depth=0.5').items():
+        for name, e_g in dict(tasks='depth', also='injection', prices='depth=0.5').items():
             v = getattr(self, name)
             if isinstance(v, str) or not isinstance(v, Iterable):
                 raise TypeError(f'config {name}: expected a list of names, e.g. ["{e_g}"], got {json.dumps(v)}')
             object.__setattr__(self, name, tuple(v))
         _check_config(self)
 
-# %% ../nbs/00_core.ipynb #0b67f406
+# %% ../nbs/00_core.ipynb #671cad99
 _CHOICES = dict(dropout_at=('heads', 'all'), train_by=('epochs', 'steps', 'looks'), augment=('nyuv2', 'pascal', 'flip', 'none'),
-                precision=('auto', 'fp32', 'bf16'))
+                precision=('auto', 'fp32', 'bf16'), dropout_kind=('element', 'channel'), message=('prediction', 'features'),
+                estimator=('mc_dropout', 'masksembles', 'ensemble', 'snapshots', 'inconsistency'),
+                normalizer=('minmax', 'quantile', 'anchor', 'rank', 'refit', 'none'))
+_ALSO = 'injection', 'quality'
 _AT_LEAST = dict(seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, start_images=1, step_pairs=1, rounds=0, features=8,
-                 passes=2, train_for=1, batch_size=2, lr=0, weight_decay=0, poly_power=0, step_money=0, open_price=0, label_cap=0)
+                 passes=2, members=2, train_for=1, batch_size=2, lr=0, weight_decay=0, poly_power=0, step_money=0, open_price=0, label_cap=0)
 
 def _check_config(c:RunConfig):
     for f in fields(c):
@@ -194,8 +204,9 @@ def _check_config(c:RunConfig):
         if getattr(c, k) not in known: raise ValueError(f"config {k}: unknown {getattr(c, k)!r}; there are {list(known)}")
     for k, least in _AT_LEAST.items():
         if getattr(c, k) < least: raise ValueError(f"config {k}: expected at least {least}, got {getattr(c, k)}")
-    for k in ('dropout', 'inject_prob'):
+    for k in ('dropout', 'inject_prob', 'pseudo'):
         if not 0 <= getattr(c, k) < 1: raise ValueError(f"config {k}: expected a share in [0, 1), got {getattr(c, k)}")
+    if unknown := sorted(set(c.also) - set(_ALSO)): raise ValueError(f"config also: unknown {unknown}; there are {list(_ALSO)}")
     if c.per_price and not c.step_money: raise ValueError("config per_price: scores per price need a budget in money; set step_money")
     if repeated := [t for t in set(c.tasks) if c.tasks.count(t) > 1]: raise ValueError(f"config tasks: {repeated} named twice")
 
@@ -227,9 +238,10 @@ def config_from_dict(
     if unknown := sorted(set(d) - set(known)): raise ValueError(f"unknown config keys {unknown}; there are {known}")
     return RunConfig(**d)
 
-# %% ../nbs/00_core.ipynb #94e15026
+# %% ../nbs/00_core.ipynb #3d49e99a
 _WHERE = ('data', 'device')
-_YOUNGER = dict(step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels') # and what was done before
+_YOUNGER = dict(also=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element', message='prediction', pseudo=0.,
+                step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels') # and what they did
 
 def config_hash(
     c:RunConfig, # a configuration

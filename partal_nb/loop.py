@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['about_machine', 'split_images', 'Run', 'check_run', 'load_data', 'open_run', 'read_scores', 'run', 'load_model']
 
-# %% ../nbs/60_loop.ipynb #b1ae0eec
+# %% ../nbs/60_loop.ipynb #a3e18d29
 import io
 import json
 import os
@@ -16,6 +16,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,13 @@ from .data.ledger import Ledger
 from .data.prepare import open_data
 from .data.store import Arrays, Store, load_arrays
 from .journal import Steps, append_journal, read_journal
-from .learner import Constant, evaluate, load_checkpoint, save_checkpoint, train
+from .learner import Constant, Pseudo, evaluate, load_checkpoint, save_checkpoint, snapshot_path, train
 from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
-from .select.budget import Prices, least_total, parse_prices, price_of, spend
+from .select.budget import Prices, check_ranking, least_total, parse_prices, price_of, spend
 from .select.strategy import Picks, Pool, Scores, get_strategy, select
-from .uncertainty.score import fit_normalizer, score_pool
+from .uncertainty.quality import uncertainty_quality
+from .uncertainty.score import foretold_losses, normalize, pool_features, score_pool
 
 # %% ../nbs/60_loop.ipynb #b97853d6
 def about_machine(
@@ -112,7 +114,7 @@ def _locked(folder:Path):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/60_loop.ipynb #fdf3bc04
+# %% ../nbs/60_loop.ipynb #12b218a9
 def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
     need, have = config.start_images*available.shape[1] + config.rounds*config.step_pairs, int(available.sum())
     whole = int(available.all(1).sum())
@@ -122,7 +124,7 @@ def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
         raise ValueError(f"the pool has {have} pairs, the run would buy {need} ({config.start_images} images × {available.shape[1]} tasks, then "
                          f"{config.rounds} × {config.step_pairs}): use fewer rounds or a smaller step_pairs")
     used_up = [t.name for t, n in zip(tasks, available.sum(0)) if n == config.start_images]
-    if used_up and config.rounds and get_strategy(config.strategy).needs_scores:
+    if used_up and config.rounds and _scored(config):
         raise ValueError(f"start_images={config.start_images} takes all labels of {used_up}, so there is nothing to compare their scores with: "
                          "use fewer, or leave these tasks out")
 
@@ -138,7 +140,7 @@ def _choose_tasks(config:RunConfig, store:Store)->tuple:
         raise ValueError(f"data set {store.name!r} has no task {missing}; there are {list(store.tasks)}")
     return tuple(store.tasks[t] for t in config.tasks or store.tasks)
 
-# %% ../nbs/60_loop.ipynb #6673e0bb
+# %% ../nbs/60_loop.ipynb #167e1433
 def _prices(config:RunConfig, tasks:tuple)->Prices:
     return parse_prices(config.prices, tasks, open=config.open_price, cap=config.label_cap, unit=config.price_unit)
 
@@ -150,6 +152,7 @@ def _in_money(config:RunConfig, tasks:tuple)->Prices|None: # what a budget is co
 def _check_money(config:RunConfig, images:list, tasks:tuple, available:np.ndarray):
     prices, step = _in_money(config, tasks), config.step_money or config.step_pairs
     if not prices or not config.rounds: return
+    check_ranking(config.strategy, tasks)
     labelled = np.zeros_like(available)
     labelled[_start_images(config, available)] = True
     have, dearest = least_total(Pool(tuple(images), tasks, labelled, available), prices), prices.open + max(prices.label[t.name] for t in tasks)
@@ -160,7 +163,10 @@ def _check_money(config:RunConfig, images:list, tasks:tuple, available:np.ndarra
         raise ValueError(f"{what} {prices.unit}, {config.rounds} times, but after the start the pool is sure to cost {have:g} only: use fewer "
                          f"rounds, spend less a round{', or raise label_cap' if prices.cap else ''}")
 
-# %% ../nbs/60_loop.ipynb #e045f3e2
+# %% ../nbs/60_loop.ipynb #f8c2964a
+def _scored(config:RunConfig)->bool: # False: pairs need no score
+    return get_strategy(config.strategy).needs not in (None, 'features') or config.pseudo > 0
+
 def check_run(
     config:RunConfig,   # all that decides the result
     folder,             # of the run
@@ -222,24 +228,69 @@ def _reveal(run:Run, pairs:list[Pair], r:int, source:str):
     before = Pool(run.pool.images, run.pool.tasks, run.ledger.labelled(r - 1), run.pool.available)
     run.ledger.reveal(pairs, r, source, price_of(picks, before, _prices(run.config, run.pool.tasks)).tolist())
 
-# %% ../nbs/60_loop.ipynb #2a338fd7
-def _train(run:Run, r:int)->tuple[PADNet, dict]:
-    first = run.folder/'init.safetensors'
-    set_seed(derive_seed(run.config.seed, 'init'))
+# %% ../nbs/60_loop.ipynb #ef4195cb
+def _fresh(run:Run, member:int=0)->PADNet:
+    name = 'init.safetensors' if member == 0 else f'init-{member}.safetensors'
+    first = run.folder/name
+    set_seed(derive_seed(run.config.seed, 'init', *([member] if member else [])))
     model = make_model(replace(run.config, pretrained=run.config.pretrained and not first.exists()), run.pool.tasks)
     if not first.exists(): save_checkpoint(first, model, encoder=model.encoder.weights)
     load_checkpoint(first, model)
-    if run.config.warm_start and r: load_checkpoint(run.file('round-{}.safetensors', r - 1), model)
-    path = run.file('round-{}.safetensors', r)
-    return model, train(model, run.pool, run.ledger.labelled(r), run.config, r, path, progress=run.progress)
+    return model
 
-# %% ../nbs/60_loop.ipynb #f3308e8f
-def _measure(run:Run, r:int, model:PADNet)->dict:
+def _member(run:Run, r:int, i:int)->Path: return run.file('round-{}.safetensors', r) if i == 0 else run.folder/f'round-{r}.member-{i}.safetensors'
+
+def _train(run:Run, r:int, member:int=0)->tuple[PADNet, dict]: # the network, and how its training went
+    model, config = _fresh(run, member), run.config
+    if config.warm_start and r: load_checkpoint(_member(run, r - 1, member), model)
+    if member: config = replace(config, seed=derive_seed(config.seed, 'member', member))
+    return model, train(model, run.pool, run.ledger.labelled(r), config, r, _member(run, r, member), progress=run.progress,
+                        pseudo=(lambda: _pseudo(run, r)) if config.pseudo and r else None)
+
+# %% ../nbs/60_loop.ipynb #85eabb20
+def _pseudo(run:Run, r:int)->Pseudo:
+    "Guesses of the round before, told all that was labelled since"
+    before = make_model(replace(run.config, pretrained=False), run.pool.tasks).to(pick_device(run.config.device))
+    load_checkpoint(run.file('round-{}.safetensors', r - 1), before)
+    trust = run.config.pseudo*(1 - np.clip(_table(read_scores(run.folder, r - 1), run, 'norm'), 0, 1))
+    return Pseudo(before, run.pool, run.ledger.labelled(r), np.where(np.isnan(trust), 0., trust))
+
+def _train_all(run:Run, r:int)->tuple[list[PADNet], dict]: # the networks that the estimator asks, the round's own first
+    "Train the round's network, and an ensemble's others if somebody will ask them; a training's snapshots are loaded"
+    model, trained = _train(run, r)
+    others = []
+    if run.config.estimator == 'ensemble' and (r < run.config.rounds or 'quality' in run.config.also):
+        others, more = zip(*[_train(run, r, i) for i in range(1, run.config.members)])
+        trained = dict(trained, seconds=trained['seconds'] + sum(m['seconds'] for m in more))
+    if run.config.estimator == 'snapshots':
+        others = [_fresh(run).to(pick_device(run.config.device)) for _ in range(run.config.members - 1)]
+        for i, m in enumerate(others): load_checkpoint(snapshot_path(run.file('round-{}.safetensors', r), i), m)
+    return [model, *others], trained
+
+# %% ../nbs/60_loop.ipynb #3411491e
+def _measure(run:Run, r:int, models:list[PADNet])->dict:
+    model = models[0]
     found = dict(metrics=evaluate(model, run.test, progress=run.progress))
     if r == 0: found['constant'] = evaluate(Constant(run.pool, run.ledger.labelled(0)), run.test, progress=False)
+    if 'injection' in run.config.also and r == run.config.rounds:
+        found['injected'] = {'+'.join(names): evaluate(model, run.test, names, progress=False) for names in _subsets(run.pool.tasks)}
+    if 'quality' in run.config.also:
+        found['quality'] = {str(T): _quality(run, r, models, T) for T in _passes(run.config)}
     return found
 
-# %% ../nbs/60_loop.ipynb #8933573b
+def _quality(run:Run, r:int, models:list[PADNet], T:int)->dict:
+    cfg = run.config
+    return uncertainty_quality(models, run.test, T, derive_seed(cfg.seed, 'quality', r), cfg.estimator, _measure_name(cfg))
+
+def _passes(config:RunConfig)->tuple[int, ...]: # of dropout: half of them and twice as many, too, to see what they buy
+    if config.estimator == 'mc_dropout': return max(2, config.passes//2), config.passes, 2*config.passes
+    return (2 if config.estimator == 'inconsistency' else config.members,)
+
+def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave somebody to be told
+    names = [t.name for t in tasks]
+    return [c for n in range(1, len(names)) for c in combinations(names, n)]
+
+# %% ../nbs/60_loop.ipynb #b5764b64
 def read_scores(
     folder,    # of a run
     round:int, # whose scores
@@ -250,32 +301,50 @@ def read_scores(
         raise FileNotFoundError(f"{path}: no such scores; a strategy that does not look at scores writes none, nor does the last round")
     return pd.read_parquet(path)
 
-def _raw(scores:pd.DataFrame, run:Run)->np.ndarray: # (N, K)
-    table = scores.pivot(index='image', columns='task', values='raw')
+def _table(scores:pd.DataFrame, run:Run, column:str='raw')->np.ndarray: # (N, K)
+    table = scores.pivot(index='image', columns='task', values=column)
     return table.reindex(index=list(run.pool.images), columns=[t.name for t in run.pool.tasks]).to_numpy()
 
-# %% ../nbs/60_loop.ipynb #15372125
-def _score(run:Run, r:int, model:PADNet)->str: # the name of the file it wrote
+# %% ../nbs/60_loop.ipynb #b0388cc6
+def _measure_name(config:RunConfig)->str:
+    return 'disagreement' if get_strategy(config.strategy).needs in ('disagreement', 'inconsistency') else 'entropy'
+
+def _raw_scores(run:Run, r:int, models:list[PADNet], pairs:np.ndarray, known:np.ndarray)->np.ndarray: # (N, K)
+    cfg, needs = run.config, get_strategy(run.config.strategy).needs
+    if needs == 'loss': return foretold_losses(models[0], run.pool, pairs, progress=run.progress)
+    estimator = 'inconsistency' if needs == 'inconsistency' else cfg.estimator
+    return score_pool(models, run.pool, pairs, known, cfg.passes, derive_seed(cfg.seed, 'score', r), progress=run.progress, estimator=estimator,
+                      measure=_measure_name(cfg))
+
+# %% ../nbs/60_loop.ipynb #5188a550
+def _score(run:Run, r:int, models:list[PADNet])->dict: # by task, the mean score of the `pool`'s open pairs and of the `start` images
     cfg, labelled, tasks = run.config, run.ledger.labelled(r), [t.name for t in run.pool.tasks]
-    open = ~labelled & run.pool.available
-    known = labelled if cfg.inject_score else np.zeros_like(labelled)
-    raw = score_pool(model, run.pool, open, known, cfg.passes, derive_seed(cfg.seed, 'score', r), progress=run.progress)
-    norm = fit_normalizer(raw if r == 0 else _raw(read_scores(run.folder, 0), run), tasks)(raw)
+    open, start = ~labelled & run.pool.available, run.ledger.labelled(0)
+    known = labelled & ~start if cfg.inject_score else np.zeros_like(labelled)
+    raw = _raw_scores(run, r, models, open | start, known)
+    anchor, raw = np.nanmean(np.where(start, raw, np.nan), 0), np.where(open, raw, np.nan)
+    first = raw if r == 0 else _table(read_scores(run.folder, 0), run)
+    drift = anchor - _first_anchor(run) if r and cfg.normalizer == 'anchor' else 0.
+    norm = normalize(raw, first, cfg.normalizer, drift, tasks)
     n, k = np.nonzero(open)
     table = pd.DataFrame(dict(image=np.array(run.pool.images)[n], task=np.array(tasks)[k], raw=raw[n, k], norm=norm[n, k]))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     write_atomic(run.file('scores-{}.parquet', r), buffer.getvalue())
-    return f'scores-{r}.parquet'
+    mean = lambda v: float(np.nanmean(v)) if np.isfinite(v).any() else None # None: the task is bought up
+    return {t: dict(start=float(anchor[k]), pool=mean(raw[:, k]), norm=mean(norm[:, k])) for k, t in enumerate(tasks)}
 
-# %% ../nbs/60_loop.ipynb #bdc980ba
-def _select(run:Run, r:int)->list: # [image, task, score] of every pick
+def _first_anchor(run:Run)->np.ndarray: # (K,), nats
+    level = read_journal(run.folder)[0]['uncertainty']
+    return np.array([level[t.name]['start'] for t in run.pool.tasks])
+
+# %% ../nbs/60_loop.ipynb #819f7ff0
+def _select(run:Run, r:int, model:PADNet)->list: # [image, task, score] of every pick
     cfg, labelled = run.config, run.ledger.labelled(r)
-    pool, raw, norm = Pool(run.pool.images, run.pool.tasks, labelled, run.pool.available), *[np.full(labelled.shape, np.nan)]*2
-    if get_strategy(cfg.strategy).needs_scores:
-        raw = _raw(read_scores(run.folder, r), run)
-        norm = fit_normalizer(_raw(read_scores(run.folder, 0), run))(raw)
-    picks = _buy(run, r, Scores(raw, norm), pool)
+    pool, raw, norm, features = Pool(run.pool.images, run.pool.tasks, labelled, run.pool.available), *[np.full(labelled.shape, np.nan)]*2, None
+    if _scored(cfg): raw, norm = (_table(read_scores(run.folder, r), run, column) for column in ('raw', 'norm'))
+    if get_strategy(cfg.strategy).needs == 'features': features = pool_features(model, run.pool, progress=run.progress)
+    picks = _buy(run, r, Scores(raw, norm, features), pool)
     return [[p.image, p.task, s if np.isfinite(s) else None] for p, s in zip(picks.pairs(pool), picks.score.tolist())]
 
 def _buy(run:Run, r:int, scores:Scores, pool:Pool)->Picks:
@@ -284,16 +353,16 @@ def _buy(run:Run, r:int, scores:Scores, pool:Pool)->Picks:
     budget = run.ledger.spent(0) + (r + 1)*cfg.step_money - run.ledger.spent(r) if cfg.step_money else cfg.step_pairs
     return spend(cfg.strategy, scores, pool, prices, budget, rng, cfg.per_price)
 
-# %% ../nbs/60_loop.ipynb #0511cc22
+# %% ../nbs/60_loop.ipynb #a94a37d5
 def _round(run:Run, r:int):
     "One round, and its line in the journal"
     steps, last = Steps(run.file('round-{}.json', r)), r == run.config.rounds
     if len(read_journal(run.folder)) > r: return steps.path.unlink(missing_ok=True)
-    model, trained = _train(run, r)
-    found = steps('evaluate', lambda: _measure(run, r, model))
+    models, trained = _train_all(run, r)
+    found = steps('evaluate', lambda: _measure(run, r, models))
     if not last:
-        if get_strategy(run.config.strategy).needs_scores: steps('score', lambda: _score(run, r, model))
-        picks = steps('select', lambda: _select(run, r))
+        if _scored(run.config): found['uncertainty'] = steps('score', lambda: _score(run, r, models))
+        picks = steps('select', lambda: _select(run, r, models[0]))
         _reveal(run, [Pair(image, task) for image, task, _ in picks], r + 1, 'oracle')
     append_journal(run.folder, dict(
         round=r, labels=run.ledger.counts(r), cost=run.ledger.spent(r), bought={} if last else _count(picks, run), **found,

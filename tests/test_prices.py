@@ -24,7 +24,7 @@ def test_a_field_that_came_later_leaves_the_hash_of_older_runs(path):
     assert set(about['config']) <= set(asdict(RunConfig()))
 
 @pytest.mark.parametrize('per_price', [False, True])
-@pytest.mark.parametrize('name', sorted(STRATEGIES))
+@pytest.mark.parametrize('name', sorted(set(STRATEGIES) - {'partal_floor'})) # has no ranking, is refused
 def test_every_strategy_spends_the_budget(name, per_price, tmp_path):
     lines = read_journal(loop.run(replace(TINY, strategy=name, per_price=per_price), tmp_path/'a', progress=False))
     assert lines[0]['cost'] == 3*(1 + 9 + .5)

@@ -49,7 +49,7 @@ def _similar(name:str)->str:
     near = timm.list_models(f'*{name.split("_")[0]}*')[:8]
     return f"expected 'lite0' or a timm name such as {near or ['resnet18', 'hrnet_w18_small_v2', 'convnext_atto']}"
 
-# %% ../../nbs/20_model.encoder.ipynb #3c35923a
+# %% ../../nbs/20_model.encoder.ipynb #ab29c24c
 class Encoder(nn.Module):
     "A backbone's maps from stride 4 on, brought to stride 4 and mixed"
     def __init__(self,
@@ -63,18 +63,22 @@ class Encoder(nn.Module):
         self.used = [i for i, r in enumerate(info.reduction()) if r >= 4]
         widths, strides = ([m[i] for i in self.used] for m in (info.channels(), info.reduction()))
         if strides[0] != 4: raise ValueError(f"encoder {name!r}: its finest map has stride {strides[0]}, expected one of stride 4")
-        self.stride, hrnet = max(strides), name.startswith('hrnet')
+        self.stride, self.widths, hrnet = max(strides), tuple(widths), name.startswith('hrnet')
         self.lateral = nn.ModuleList(nn.Identity() if hrnet else nn.Conv2d(c, lateral, 1) for c in widths)
         self.channels = sum(widths) if hrnet else lateral*len(widths)
         self.mix = nn.Sequential(nn.Conv2d(self.channels, self.channels, 1, bias=False), nn.BatchNorm2d(self.channels), nn.ReLU(inplace=True))
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(self.net.default_cfg[k]).view(1, 3, 1, 1), persistent=False)
 
+    def levels(self, x:Tensor)->list[Tensor]: # the backbone's maps of stride 4, 8, …, `widths` channels each
+        x = F.pad((x - self.mean)/self.std, (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride), mode='replicate')
+        return [m for i, m in enumerate(self.net(x)) if i in self.used]
+
+    def fuse(self, levels:list[Tensor], H:int, W:int)->Tensor: # (B, channels, ⌈H/4⌉, ⌈W/4⌉) for an image of H×W pixels
+        maps = [lat(m) for lat, m in zip(self.lateral, levels)]
+        maps = [F.interpolate(m, maps[0].shape[-2:], mode='bilinear') for m in maps]
+        return self.mix(torch.cat(maps, 1))[..., :math.ceil(H/4), :math.ceil(W/4)]
+
     def forward(self,
         x:Tensor, # (B, 3, H, W), red, green, blue in [0, 1]
     )->Tensor: # (B, channels, ⌈H/4⌉, ⌈W/4⌉)
-        H, W = x.shape[-2:]
-        x = F.pad((x - self.mean)/self.std, (0, -W % self.stride, 0, -H % self.stride), mode='replicate')
-        maps = self.net(x)
-        maps = [lat(maps[i]) for lat, i in zip(self.lateral, self.used)]
-        maps = [F.interpolate(m, maps[0].shape[-2:], mode='bilinear') for m in maps]
-        return self.mix(torch.cat(maps, 1))[..., :math.ceil(H/4), :math.ceil(W/4)]
+        return self.fuse(self.levels(x), *x.shape[-2:])

@@ -21,7 +21,7 @@ def entropy(
     "Shannon entropy of `p` along `dim`"
     return -torch.xlogy(p, p).sum(dim)
 
-# %% ../../nbs/41_uncertainty.entropy.ipynb #d11a012a
+# %% ../../nbs/41_uncertainty.entropy.ipynb #eab56eb9
 class Categorical:
     "Entropy of the mean over a stream of class probabilities"
     def __init__(self): self.T, self.p, self.noise = 0, 0, 0
@@ -37,10 +37,10 @@ class Categorical:
     def entropy(self)->Tensor: # (B, H, W), nats, in [0, log C]
         return entropy(self.p/self.T)
 
-    def mutual_info(self)->Tensor: # (B, H, W), nats, in [0, log C]
+    def disagreement(self)->Tensor: # (B, H, W), nats, in [0, log C]: the mutual information
         return self.entropy() - self.noise/self.T
 
-# %% ../../nbs/41_uncertainty.entropy.ipynb #4a01ff87
+# %% ../../nbs/41_uncertainty.entropy.ipynb #e27b2089
 FLOOR = 1e-6 # variance added to each axis, in the square of the value's unit
 
 class Gaussian:
@@ -59,6 +59,9 @@ class Gaussian:
     def covariance(self)->Tensor: # (B, H, W, N, N), unbiased, with the floor
         if self.T < 2: raise ValueError(f"a covariance needs at least 2 passes, got {self.T}")
         return self.scatter/(self.T - 1) + FLOOR*torch.eye(self.scatter.shape[-1], device=self.scatter.device)
+
+    def disagreement(self)->Tensor: # (B, H, W), in the value's unit: the root mean square distance of a pass from their mean
+        return (self.scatter.diagonal(dim1=-2, dim2=-1).sum(-1)/self.T).sqrt()
 
     def entropy(self)->Tensor: # (B, H, W), nats of the value's unit; may be negative
         cov = self.covariance()

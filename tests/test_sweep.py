@@ -1,0 +1,99 @@
+"`partal sweep` from outside: stopped by Ctrl-C, by kill and by SIGKILL, a process of its own killed, input that is wrong in the middle"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from partal_nb.cli import parse_changes
+from partal_nb.core import config_hash, preset
+from partal_nb.journal import is_finished, read_journal
+from partal_nb.sweep import grid, run_command
+
+TINY = dict(pool_images=10, test_images=4, height=48, width=64, features=8, encoder='test_efficientnet', pretrained=False, start_images=3,
+            step_pairs=6, rounds=1, train_by='steps', train_for=10, passes=3, device='cpu')
+SETTINGS = [x for k, v in TINY.items() for x in ('--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}')]
+COMMAND = ['sweep', '--strategies', 'partal,random', '--seeds', '0', '--out', 'study', *SETTINGS]
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
+
+def words(p)->list[str]: # of a process; none if it is gone
+    try: return p.cmdline()
+    except psutil.Error: return []
+
+class Sweep:
+    "The real command in a process of its own"
+    def __init__(self, cwd, cache, *args):
+        env = dict(os.environ, COLUMNS='200', NO_COLOR='1', TERM='dumb', PARTAL_CACHE=str(cache))
+        self.process = subprocess.Popen([Path(sys.executable).parent/'partal', *COMMAND, *args], cwd=cwd, env=env, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def workers(self, of='study/'):
+        return [p for p in psutil.Process(self.process.pid).children() if any(w.startswith(of) for w in words(p))]
+
+    def wait_for(self, found):
+        "Until `found()` is true of a sweep that still runs"
+        while not (got := found()):
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(.05)
+        return got
+
+    def end(self):
+        out, err = self.process.communicate(timeout=300)
+        return self.process.returncode, out, err
+
+def runs(cwd): return grid('demo', ['partal', 'random'], [0], cwd/'study', **TINY)
+def finished(cwd): return [is_finished(c, f) for f, c in runs(cwd).items()]
+def gone(processes): return not psutil.wait_procs(processes, timeout=30)[1]
+
+@pytest.mark.parametrize('sent,code', [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_stopped_and_gone_on_with(tmp_path, cache, sent, code):
+    s = Sweep(tmp_path, cache)
+    workers = s.wait_for(lambda: any(read_journal(f) for f in runs(tmp_path)) and s.workers())
+    s.process.send_signal(sent)
+    got, out, err = s.end()
+    assert got == code and 'Traceback' not in out + err and gone(workers)
+    assert 'stopped with' in err and err.splitlines()[-1].strip().startswith('partal sweep --strategies partal,random --seeds 0 --out study')
+    done = {f: f.joinpath('journal.jsonl').read_bytes() for f in runs(tmp_path) if read_journal(f)}
+    assert Sweep(tmp_path, cache).end()[0] == 0 and finished(tmp_path) == [True, True]
+    assert all(f.joinpath('journal.jsonl').read_bytes().startswith(before) for f, before in done.items())
+
+def test_killed(tmp_path, cache):
+    "No process is left behind that would hold a folder"
+    s = Sweep(tmp_path, cache)
+    workers = s.wait_for(lambda: len(w := s.workers()) == 2 and w)
+    s.process.kill()
+    assert s.end()[0] == -signal.SIGKILL and gone(workers)
+    code, out, _ = Sweep(tmp_path, cache).end()
+    assert code == 0 and finished(tmp_path) == [True, True] and out.splitlines()[-1] == 'study/sweep.csv'
+
+def test_a_process_that_dies_is_started_again(tmp_path, cache):
+    s = Sweep(tmp_path, cache)
+    s.wait_for(lambda: s.workers())[0].kill()
+    code, out, err = s.end()
+    assert code == 0 and finished(tmp_path) == [True, True] and 'running, start 2, 0 of 2 rounds done; signal SIGKILL' in out
+    assert not list((tmp_path/'study').glob('*.log'))
+
+def test_one_that_always_dies(tmp_path, cache):
+    "The others are finished, and what is left is said"
+    s = Sweep(tmp_path, cache, '--jobs', '1', '--tries', '2')
+    first = s.wait_for(lambda: s.workers('study/partal-0'))[0]
+    first.kill()
+    s.wait_for(lambda: [w for w in s.workers('study/partal-0') if w != first])[0].kill()
+    code, out, err = s.end()
+    assert (code, finished(tmp_path)) == (1, [False, True])
+    assert 'failed with 1 of 2 runs unfinished' in err and 'partal-0: failed, start 2' in out and (tmp_path/'study/partal-0.log').exists()
+
+def test_the_commands_make_the_same_runs(tmp_path):
+    for folder, config in runs(tmp_path).items():
+        words = run_command(config, folder)
+        given = {words[i]: words[i + 1] for i in range(2, 10, 2)}
+        changes = parse_changes([words[i + 1] for i, w in enumerate(words) if w == '--set'])
+        again = preset(given['--preset'], strategy=given['--strategy'], seed=int(given['--seed']), **changes)
+        assert config_hash(again) == config_hash(config)
