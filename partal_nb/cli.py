@@ -349,8 +349,8 @@ def voila_command(
 )->list[str]: # to run with `$JUPYTER_TOKEN` set, since everybody sees a command, but not its environment
     "The command that serves an explorer"
     if name not in APPS: raise ValueError(f"unknown app {name!r}; there are {list(APPS)}")
-    return [sys.executable, '-m', 'voila', str(template(name, 'explore')), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}', '--Voila.port_retries=0',
-            '--Voila.auto_token=True', '--preheat_kernel=True', '--pool_size=1', '--show_tracebacks=False']
+    return [sys.executable, '-m', 'voila', str(template(name, 'explore')), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}',
+            '--Voila.port_retries=0', '--Voila.auto_token=True', '--preheat_kernel=True', '--pool_size=1', '--show_tracebacks=False']
 
 @app.command()
 def explore(
