@@ -38,7 +38,7 @@ from ..journal import read_journal
 from ..loop import load_data, load_model, read_scores, run
 from ..look import DEPTH_RANGE, paint
 from ..select.strategy import Scores
-from ..uncertainty.score import entropy_maps, fit_normalizer, score_pool
+from ..uncertainty.score import entropy_maps, normalize, score_pool
 
 # %% ../../nbs/69_explore.view.ipynb #e78f78a4
 ESTIMATORS:dict[str, Callable] = {'MC dropout': entropy_maps} # name -> f(model, x, T, inject) -> task -> (B, h, w) nats
@@ -124,16 +124,17 @@ def _raw(self:Opened, round:int)->np.ndarray: # (N, K) nats
     if (self.folder/f'scores-{round}.parquet').exists():
         table = read_scores(self.folder, round).pivot(index='image', columns='task', values='raw')
         return table.reindex(index=list(self.pool.images), columns=[t.name for t in self.tasks]).to_numpy()
-    labelled, c = self.labelled(round), self.config
-    known = labelled if c.inject_score else np.zeros_like(labelled)
-    return score_pool(self.model(round), self.pool, ~labelled & self.pool.available, known, c.passes, derive_seed(c.seed, 'score', round))
+    labelled, start, c = self.labelled(round), self.labelled(0), self.config # as a run scores: the start images beside the open pairs
+    open, known = ~labelled & self.pool.available, labelled & ~start if c.inject_score else np.zeros_like(labelled)
+    raw = score_pool(self.model(round), self.pool, open | start, known, c.passes, derive_seed(c.seed, 'score', round))
+    return np.where(open, raw, np.nan)
 
 @patch
 def _scores(self:Opened, round:int)->Scores:
     raw = self._raw(round)
     first = self.scores(0).raw if round else raw
     nothing_open = np.isnan(first).all(0).any()
-    return Scores(raw, np.full_like(raw, np.nan) if nothing_open else fit_normalizer(first)(raw))
+    return Scores(raw, np.full_like(raw, np.nan) if nothing_open else normalize(raw, first))
 
 # %% ../../nbs/69_explore.view.ipynb #3a77d821
 @patch
