@@ -349,7 +349,8 @@ def _odsf(quick:bool)->dict:
     ways = {'pyEdgeEval': lambda: got.update(plain=sum(reference_counts(*c) for c in cases)),
             'boundary_counts': lambda: got.update(fast=sum(boundary_counts(*c) for c in cases))}
     seconds = interleave(ways, 1 if quick else 3, warm=quick)
-    return compare(seconds, 'pyEdgeEval', 'boundary_counts', F_apart=(abs(best_f(got['fast'])['f'] - best_f(got['plain'])['f']), .005 if quick else .001))
+    apart = abs(best_f(got['fast'])['f'] - best_f(got['plain'])['f'])
+    return compare(seconds, 'pyEdgeEval', 'boundary_counts', F_apart=(apart, .005 if quick else .001))
 
 # %% ../nbs/85_bench.ipynb #bb6a7400
 def _command(*args:str)->Callable:
