@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Preset', 'Changes', 'InProject', 'kernel_app', 'APPS', 'partal', 'plain_errors', 'parse_changes', 'config',
            'template', 'execute', 'run', 'sweep', 'notebook', 'strategies', 'prepare', 'check', 'report', 'init', 'ask',
-           'tell', 'status', 'log', 'kernel_install', 'voila_command', 'explore']
+           'tell', 'status', 'log', 'kernel_install', 'voila_command', 'explore', 'bench']
 
 # %% ../nbs/90_cli.ipynb #3a21d683
 import json
@@ -349,8 +349,8 @@ def voila_command(
 )->list[str]: # to run with `$JUPYTER_TOKEN` set, since everybody sees a command, but not its environment
     "The command that serves an explorer"
     if name not in APPS: raise ValueError(f"unknown app {name!r}; there are {list(APPS)}")
-    return [sys.executable, '-m', 'voila', str(template(name, 'explore')), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}', '--Voila.port_retries=0',
-            '--Voila.auto_token=True', '--preheat_kernel=True', '--pool_size=1', '--show_tracebacks=False']
+    return [sys.executable, '-m', 'voila', str(template(name, 'explore')), '--no-browser', '--Voila.ip=127.0.0.1', f'--port={port}',
+            '--Voila.port_retries=0', '--Voila.auto_token=True', '--preheat_kernel=True', '--pool_size=1', '--show_tracebacks=False']
 
 @app.command()
 def explore(
@@ -369,3 +369,20 @@ def explore(
         sys.stdout.flush()
         env = dict(os.environ, PARTAL_RUN=str(run_folder.resolve()), JUPYTER_TOKEN=token)
         os.execve(command[0], command, env) # this process becomes the server: what ends it ends all, whoever sends it
+
+# %% ../nbs/90_cli.ipynb #4b2ad2a5
+@app.command()
+def bench(
+    lines:Annotated[Optional[list[str]], typer.Argument(help="Lines to run; none: all.")]=None,
+    quick:Annotated[bool, typer.Option(help="Small inputs: whether everything runs and agrees, not how fast it is.")]=False,
+    grow:Annotated[bool, typer.Option(help="Also time and memory for pools of a thousand to a million images; minutes.")]=False,
+    out:Annotated[Optional[Path], typer.Option(help="JSON file to write.")]=None,
+):
+    "Measure the fast ways against the plain ones; exit code 1 if their results disagree."
+    from partal_nb.bench import bench
+    from partal_nb.core import write_json
+    os.environ['PARTAL_COMMAND'] = shlex.join(['partal', *sys.argv[1:]])
+    with plain_errors():
+        made = bench(lines or (), quick, grow, typer.echo)
+        if out: write_json(out, made)
+        if not all(l.get('agrees', True) for l in made['lines']): raise typer.Exit(1)

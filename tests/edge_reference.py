@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_gradient_magnitude
 
-from partal_nb.boundaries import CUTS, boundary_counts
+from partal_nb.bench import reference_counts
+from partal_nb.boundaries import boundary_counts
 
 CASES = [dict(image=i, annotators=a, tolerance=t) for i, a, t in (
     ('101085', 1, .0075), ('103070', 1, .0075), ('119082', 1, .0075), ('16077', 1, .0075), ('108005', 3, .0075), ('145086', 1, .011))]
@@ -26,18 +27,6 @@ def sample(folder, image:str, annotators:int):
     strength = gaussian_gradient_magnitude(gray, 2)
     share = np.asarray(Image.open(Path(folder)/f'edge/{image}.png'))/255
     return np.clip(strength/np.quantile(strength, .99), 0, 1).round(3), [share >= s for s in (.5, .25, .75)[:annotators]]
-
-def reference_counts(prob, truths, tolerance):
-    "As its `evaluate_boundaries_threshold_multiple_gts`, whose module needs still more packages"
-    from pyEdgeEval._lib import correspond_pixels
-    from pyEdgeEval.preprocess import binary_thin
-    counts = np.zeros((4, len(CUTS)), int)
-    for k, cut in enumerate(CUTS):
-        said = binary_thin(prob >= cut)
-        pairs = [correspond_pixels(said, t, max_dist=tolerance)[:2] for t in truths]
-        counts[:, k] = (sum((t > 0).sum() for _, t in pairs), sum(t.sum() for t in truths),
-                        np.any([p > 0 for p, _ in pairs], axis=0).sum(), said.sum())
-    return counts
 
 def timed(f, *args):
     began = time.process_time()

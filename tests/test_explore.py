@@ -56,10 +56,14 @@ def page(chrome, request, tmp_path_factory):
     page.route('**/*', route)
     page.on('console', lambda m: page.errors.append(f'{m.text} {m.location.get("url", "")}') if m.type == 'error' else None)
     page.on('pageerror', lambda e: page.errors.append(str(e)))
-    yield page
     folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path_factory.getbasetemp()/'screenshots')
     folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder/f'{re.sub(r"[^a-z0-9]+", "-", request.node.name)}.png')
+    def leave(): # before its server ends, of which the page would complain
+        if not page.is_closed(): page.screenshot(path=folder/f'{re.sub(r"[^a-z0-9]+", "-", request.node.name).strip("-")}.png')
+        page.close()
+    page.leave = leave
+    yield page
+    leave()
     page.context.close()
     assert not [e for e in page.errors if VOILAS_OWN not in e]
     assert not [u for u in page.refused if VOILAS_OWN not in u]
@@ -103,11 +107,12 @@ def lab(look, tmp_path_factory):
     with served(command, f'{url}/lab', folder, PARTAL_RUN=str(look.folder), JUPYTER_TOKEN='lab-token'): yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
 
 @contextmanager
-def app(name, folder, tmp):
+def app(name, folder, page, tmp):
     "`partal explore`, and the address that it prints"
     port = free_port()
     with served([BIN/'partal', 'explore', folder, '--app', name, '--port', port], f'http://127.0.0.1:{port}', tmp) as log:
-        yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
+        try: yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
+        finally: page.leave()
     assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
 
 # What can be seen and done
@@ -206,14 +211,14 @@ def test_notebook(name, page, lab, look):
 
 @pytest.mark.parametrize('name', APPS)
 def test_app(name, page, look, tmp_path):
-    with app(name, look.folder, tmp_path) as url:
+    with app(name, look.folder, page, tmp_path) as url:
         assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is shown to nobody without the token'
         page.goto(url, timeout=90_000)
         TRY[name](page, look)
 
 def test_a_run_that_is_not_there(page, tmp_path):
     "A sentence and a button, and no traceback"
-    with app('entropy', tmp_path/'nowhere', tmp_path) as url:
+    with app('entropy', tmp_path/'nowhere', page, tmp_path) as url:
         page.goto(url, timeout=90_000)
         page.get_by_text('config.json is missing').wait_for(timeout=90_000)
         assert page.get_by_role('button', name='make the demo run').is_visible()

@@ -7,7 +7,7 @@ __all__ = ['PROJECT', 'DEFAULTS', 'read_tasks', 'Project', 'open_project', 'init
            'Batch', 'ask', 'read_batch', 'Told', 'tell', 'load_network', 'quality', 'curve', 'Hint', 'stopping_hint',
            'Status', 'status', 'money_figure', 'log_lines']
 
-# %% ../../nbs/82_annotate.project.ipynb #6d9a2863
+# %% ../../nbs/82_annotate.project.ipynb #04a9cea2
 import json
 import math
 import os
@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from ..core import Pair, RunConfig, Task, config_from_dict, derive_seed, inside, set_seed, task_from_dict, write_atomic, write_json
 from ..data.ledger import AFTER, Entry, Ledger
 from ..journal import Steps
-from ..select.budget import Prices, learn_prices, price_of, prices_from_dict, spend
-from ..select.strategy import Pool, Scores
+from ..select.budget import Prices, check_ranking, learn_prices, price_of, prices_from_dict, spend
+from ..select.strategy import Pool, Scores, get_strategy
 
 # %% ../../nbs/82_annotate.project.ipynb #50bc89d7
 _TOP = dict(tasks=[], unit='labels', per_hour=0., open=0., cap=0)
@@ -157,9 +157,24 @@ def _split(source)->tuple[list, list]: # the pool, and labeled images to measure
     pool, *rest = source.splits['train'], *(v for k, v in source.splits.items() if k != 'train')
     return pool, [i for ids in rest for i in ids if any(_has(source, i, t) for t in source.tasks)]
 
-# %% ../../nbs/82_annotate.project.ipynb #c56805e9
+# %% ../../nbs/82_annotate.project.ipynb #d5fd9d01
 DEFAULTS = dict(preset='project', height=144, width=192, features=48, lr=1e-3, train_by='looks', train_for=600, augment='flip')
+_OF_RUNS = ('start_images', 'step_pairs', 'rounds', 'step_money', 'per_price', 'prices', 'open_price', 'label_cap', 'price_unit', 'pool_images',
+            'test_images', 'val_images', 'also')
+_SERVED = dict(estimator=('mc_dropout', 'masksembles', 'inconsistency'), normalizer=('minmax', 'quantile', 'rank', 'refit', 'none'), pseudo=(0.,))
 
+def _project_config(changes:dict, tasks:tuple)->RunConfig: # a project has one network a round
+    if idle := sorted(set(changes) & set(_OF_RUNS)):
+        raise ValueError(f"config {idle}: only runs read that; a project asks with a budget or money, and its prices stand in the file of its tasks")
+    config = config_from_dict(dict(DEFAULTS, data='', tasks=tuple(t.name for t in tasks), **changes))
+    for k, known in _SERVED.items():
+        if getattr(config, k) not in known: raise ValueError(f"config {k}: {getattr(config, k)!r} needs a run; in a project there are {list(known)}")
+    if (needs := get_strategy(config.strategy).needs) in ('features', 'loss'):
+        raise ValueError(f"config strategy: {config.strategy!r} ranks by {needs}, which a project does not compute; take one that scores pairs")
+    check_ranking(config.strategy, tasks)
+    return config
+
+# %% ../../nbs/82_annotate.project.ipynb #d8032657
 def init(
     data,               # folder of images; labels beside them may be there
     folder,             # of the project; new
@@ -177,7 +192,7 @@ def init(
     source = _source(data, said.get('tasks', ()))
     if not tasks: said = _with_prices(tuple(source.tasks.values()))
     pool, val = _split(source)
-    config = config_from_dict(dict(DEFAULTS, data='', tasks=tuple(t.name for t in said['tasks']), **changes))
+    config = _project_config(changes, said['tasks'])
     p = Project(part, str(Path(data).resolve()), tuple(pool), tuple(val), config=config, cooldown=cooldown, min_gain=min_gain,
                 val_share=0. if val else val_share, **{**said, 'formats': _formats(said['tasks'], said.get('formats', {}) | formats)})
     shutil.rmtree(part, ignore_errors=True) # of an `init` that was killed
@@ -447,24 +462,24 @@ def _measure(p:Project, test, r:int, model)->dict: # round -> task -> metric -> 
     load_checkpoint(p.file('rounds/{}.safetensors', r), model)
     return dict(images={t.name: int(n) for t, n in zip(p.tasks, replace(test, tasks=p.tasks).available.sum(0))}, rounds=found)
 
-# %% ../../nbs/82_annotate.project.ipynb #a58e3959
+# %% ../../nbs/82_annotate.project.ipynb #09778347
+def _unsure(p:Project)->dict: # how scores and pictures of uncertainty are made
+    needs = get_strategy(p.config.strategy).needs
+    return dict(estimator='inconsistency' if needs == 'inconsistency' else p.config.estimator,
+                measure='disagreement' if needs in ('disagreement', 'inconsistency') else 'entropy')
+
 def _score(p:Project, arrays, r:int, model, progress:bool)->str: # the name of the file it wrote
     import io
-    from partal_nb.uncertainty.score import Normalizer, fit_normalizer, score_pool
-    known, cfg = arrays.available, p.config
+    from partal_nb.uncertainty.score import normalize, score_pool
+    known, cfg, names = arrays.available, p.config, tuple(t.name for t in p.tasks)
     inject, seed = known & cfg.inject_score, derive_seed(cfg.seed, 'score', r)
-    raw = score_pool(model, arrays, ~known, inject, cfg.passes, seed, progress=progress)
-    some = np.flatnonzero((~known).any(0))
-    n, k = np.nonzero(~known)
-    names = [t.name for t in p.tasks]
-    table = pd.DataFrame(dict(image=np.array(p.images)[n], task=np.array(names)[k], raw=raw[n, k]))
+    raw = score_pool(model, arrays, ~known, inject, cfg.passes, seed, progress=progress, **_unsure(p))
     first = next((q for q in _networks(p, r - 1) if p.file('rounds/{}.parquet', q).exists()), None)
-    base = _matrix(p, table if first is None else pd.read_parquet(p.file('rounds/{}.parquet', first)), 'raw')
-    fit = fit_normalizer(base[:, some], tuple(names[c] for c in some))
-    lo, hi = np.zeros(len(names)), np.zeros(len(names))
-    lo[some], hi[some] = fit.lo, fit.hi
+    base = raw if first is None else _matrix(p, pd.read_parquet(p.file('rounds/{}.parquet', first)), 'raw')
+    norm, (n, k) = normalize(raw, base, cfg.normalizer, tasks=names), np.nonzero(~known)
+    table = pd.DataFrame(dict(image=np.array(p.images)[n], task=np.array(names)[k], raw=raw[n, k], norm=norm[n, k]))
     buffer = io.BytesIO()
-    table.assign(norm=Normalizer(lo, hi)(raw)[n, k]).to_parquet(buffer, index=False)
+    table.to_parquet(buffer, index=False)
     write_atomic(p.file('rounds/{}.parquet', r), buffer.getvalue())
     return f'{r:03}.parquet'
 
@@ -472,7 +487,7 @@ def _matrix(p:Project, scores:pd.DataFrame, column:str)->np.ndarray: # (N, K), N
     table = scores.pivot(index='image', columns='task', values=column)
     return table.reindex(index=list(p.images), columns=[t.name for t in p.tasks]).to_numpy()
 
-# %% ../../nbs/82_annotate.project.ipynb #b5333c17
+# %% ../../nbs/82_annotate.project.ipynb #fc0ca5e5
 def _picked(p:Project, pool:Pool, prices:Prices, wish:dict, rng, scores:Scores|None):
     if not pool.open.any():
         out = int((~pool.labelled).sum())
@@ -501,7 +516,7 @@ def _why(p:Project, pool:Pool, pair:Pair, scores:Scores|None, rank:int)->str:
     n, k = p.images.index(pair.image), _column(p, pair.task)
     known = [t.name for t, has in zip(p.tasks, pool.labelled[n]) if has]
     order = int((scores.raw[:, k][pool.open[:, k]] > scores.raw[n, k]).sum()) + 1
-    return (f"{p.config.strategy}: entropy {scores.raw[n, k]:.3g} nats, {order} of {pool.open[:, k].sum()} open {pair.task}, "
+    return (f"{p.config.strategy}: {_unsure(p)['measure']} {scores.raw[n, k]:.3g}, {order} of {pool.open[:, k].sum()} open {pair.task}, "
             f"normalized {scores.norm[n, k]:.2f}{'; knowing ' + ' and '.join(known) if known else ''}")
 
 # %% ../../nbs/82_annotate.project.ipynb #21fed366
@@ -521,7 +536,7 @@ def _write_batch(p:Project, arrays, r:int, wish:dict, queries:list, model, targe
     write_atomic(part/'queries.csv', pd.DataFrame(queries)[columns].to_csv(index=False).encode())
     os.replace(part, target)
 
-# %% ../../nbs/82_annotate.project.ipynb #d5bdb7eb
+# %% ../../nbs/82_annotate.project.ipynb #0409e9ed
 def _query(p:Project, task:Task, image:str, rgb:np.ndarray, arrays, model):
     from partal_nb.annotate.formats import Query
     if model is None: return Query(image, task, rgb)
@@ -533,7 +548,7 @@ def _query(p:Project, task:Task, image:str, rgb:np.ndarray, arrays, model):
     x, labels = arrays.batch(n, arrays.available[n])
     x, inject = x.to(device).float()/255, {k: v.to(device) for k, v in labels.items()}
     set_seed(derive_seed(p.config.seed, 'query', image, task.name))
-    entropy = entropy_maps(model, x, p.config.passes, inject)[task.name]
+    entropy = entropy_maps(model, x, p.config.passes, inject, **_unsure(p))[task.name]
     with torch.no_grad(): raw = model.eval()(x, inject).final[task.name][0]
     guess = as_label(task, raw, rgb.shape[:2])
     if task.kind != 'regression': guess = (guess > .5 if task.kind == 'binary' else guess).astype(np.uint8)

@@ -82,7 +82,7 @@ def round_colors(rounds:int)->list[str]: # open, start, and one for each purchas
     bought = [colorscale('viridis')[round(8 + 24*i/max(rounds - 1, 1))][1] for i in range(rounds)]
     return ['#ececec', '#9a9a9a', *bought]
 
-# %% ../../nbs/71_explore.selection.ipynb #eef7513d
+# %% ../../nbs/71_explore.selection.ipynb #e2e9c58d
 def board(
     run:Opened,
     chosen:Basket|None=None, # marked on the board
@@ -102,7 +102,7 @@ def board(
     picks = np.zeros((0, 2), int) if chosen is None else chosen.index
     marks = dict(type='scatter', mode='markers', x=picks[:, 0], y=[run.tasks[k].name for k in picks[:, 1]], hoverinfo='skip',
                  marker=dict(symbol='diamond', size=7, color='#D55E00', line=dict(color='white', width=1)))
-    key = [*zip('■'*len(colors), colors, names), ('◆', '#D55E00', 'chosen by the first strategy below')]
+    key = [*zip('■'*len(colors), colors, names), ('◆', '#D55E00', 'chosen by the first strategy')]
     key = '   '.join(f'<span style="color:{c}">{sign}</span> {n}' for sign, c, n in key)
     title = f'{int((since >= 0).sum())} of {since.size} pairs are labeled, for {run.events["cost"].sum():g}'
     return dict(data=[heat, marks], layout=dict(

@@ -106,6 +106,7 @@ def top_pairs(
     least = np.partition(v, len(v) - budget)[len(v) - budget]
     above, tied = at[v > least], at[v == least]
     chosen = np.concatenate([above, rng.choice(tied, budget - len(above), replace=False)])
+    del at, v, above, tied # the sort needs room
     chosen = chosen[_descending(flat[chosen])]
     return Picks(np.stack(np.unravel_index(chosen, open.shape), 1), flat[chosen])
 
