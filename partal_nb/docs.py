@@ -67,7 +67,8 @@ def parameters(
         default = '' if p.default is Parameter.empty else f'`{_cell(p.default)}`' if len(repr(p.default)) < 40 else '…'
         kind = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(p.kind, '')
         rows.append((f'`{kind}{name}`', f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else '', default, _cell(says.get(name) or '')))
-    if isfunction(thing) and says.get('return'): rows.append(('**gives**', f'`{_cell(_of(signature(thing).return_annotation))}`', '', _cell(says['return'])))
+    if isfunction(thing) and says.get('return'):
+        rows.append(('**gives**', f'`{_cell(_of(signature(thing).return_annotation))}`', '', _cell(says['return'])))
     if not rows: return ''
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter', 'type', 'default', 'what it is'), (':--', ':--', ':--', ':--'), *rows])
 
@@ -90,7 +91,8 @@ def entry(
 
 def _methods(cls)->str:
     own = {k: unwrap(v.fget if isinstance(v, property) else getattr(v, '__func__', v)) for k, v in vars(cls).items() if not k.startswith('_')}
-    rows = [f'| `{k}{"" if isinstance(vars(cls)[k], property) else "()"}` | {_cell((v.__doc__ or "").split(chr(10))[0])} |' for k, v in own.items() if isfunction(v)]
+    rows = [f'| `{k}{"" if isinstance(vars(cls)[k], property) else "()"}` | {_cell((v.__doc__ or "").split(chr(10))[0])} |'
+            for k, v in own.items() if isfunction(v)]
     return '\n'.join(['| of each instance | what it is |', '| :-- | :-- |', *rows]) if rows else ''
 
 # %% ../nbs/95_docs.ipynb #4d3c71c0
