@@ -177,7 +177,7 @@ def rooms(tmp_path_factory):
     (['--set', 'device=gpu'], ["unknown device 'gpu': expected auto, cpu"]),
     (['--set', 'seed=3'], ['say --seed instead']), (['--set', 'strategy=random'], ['say --strategy instead']),
     (['--set', 'data=rooms'], ['say --data instead']), (['--set', 'preset=demo'], ['say --preset instead']), (['--seed', '-1'], ['config seed: expected at least 0']),
-    (['--strategy', 'greedy'], ["unknown strategy 'greedy'; there are ['partal'"]), (['--against', 'greedy'], ["unknown strategy 'greedy'; there are ["]),
+    (['--strategy', 'greedy'], ["unknown strategy 'greedy'; there are ['bald_pairs'"]), (['--against', 'greedy'], ["unknown strategy 'greedy'; there are ["]),
     (['--against', 'partal'], ['--against partal']), (['--preset', 'nyu'], ["unknown preset 'nyu'; there are ['demo'"]),
     (['--preset', 'nyuv2'], ['--data FOLDER']), (['--data', 'nowhere'], ['--data nowhere: no such folder']),
     (['-k', 'nosuchkernel'], ["no Jupyter kernel 'nosuchkernel'; there are [", '`partal kernel install --name nosuchkernel` makes one'])])
