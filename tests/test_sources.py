@@ -98,15 +98,17 @@ SAMPLES = dict( # tasks, and how many images of each split have each of them
 
 class Small(nn.Module):
     "An encoder of one convolution"
-    channels = 8
+    channels, widths = 8, (8,)
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
+    def levels(self, x): return [self.body(x)]
+    def fuse(self, levels, H, W): return levels[0]
     def forward(self, x): return self.body(x)
 
 def steps(arrays, n=6): # losses of training on the first images, again and again
     torch.manual_seed(0)
-    model = PADNet(arrays.tasks, Small(), features=16, dropout=0.).train()
+    model = PADNet(arrays.tasks, Small(), features=16, dropout=nn.Identity).train()
     optimizer, acc = torch.optim.Adam(model.parameters(), 3e-3), Accelerator(cpu=True)
     rgb, labels = arrays.batch(range(len(arrays)))
     x, labels = augment(rgb, labels, arrays.tasks, 'flip', 0)

@@ -161,8 +161,8 @@ def test_no_label_no_gradient(task):
     model = make_model(CONFIG, tasks).train()
     labels = {t.name: label_of(t, 1, 2, 32, 48) for t in tasks}
     labels[task.name] = torch.full_like(labels[task.name], task.ignore)
-    guess, final = model(torch.rand(2, 3, 32, 48), labels)
-    loss, each = total_loss(tasks, guess, final, labels)
+    out = model(torch.rand(2, 3, 32, 48), labels)
+    loss, each = total_loss(tasks, out.guess, out.final, labels)
     loss.backward()
     assert each[task.name] == 0 and loss > 0
     for t in tasks:
