@@ -49,7 +49,7 @@ def live_figure(
     i = f'plotly-{uuid.uuid4().hex[:8]}'
     return f'<div class="plotly-figure" id="{i}" style="height:{height}px"></div><script>Plotly.newPlot("{i}", ...{js})</script>'
 
-# %% ../nbs/95_docs.ipynb #be1eb66e
+# %% ../nbs/95_docs.ipynb #a6c3cc35
 def _cell(x)->str: # of a table
     return str(x).replace('|', '\\|').replace('\n', ' ').strip()
 
@@ -72,7 +72,7 @@ def parameters(
     if not rows: return ''
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter', 'type', 'default', 'what it is'), (':--', ':--', ':--', ':--'), *rows])
 
-# %% ../nbs/95_docs.ipynb #8b7c80c5
+# %% ../nbs/95_docs.ipynb #3e89ab42
 def entry(
     name:str, # `preset`, `Ledger.events`
     module,   # that has it
@@ -91,8 +91,9 @@ def entry(
 
 def _methods(cls)->str:
     own = {k: unwrap(v.fget if isinstance(v, property) else getattr(v, '__func__', v)) for k, v in vars(cls).items() if not k.startswith('_')}
-    rows = [f'| `{k}{"" if isinstance(vars(cls)[k], property) else "()"}` | {_cell((v.__doc__ or "").split(chr(10))[0])} |'
-            for k, v in own.items() if isfunction(v)]
+    call = lambda k: '' if isinstance(vars(cls)[k], property) else '()'
+    at = lambda k: f'<span id="{cls.__name__}.{k}"></span>'.lower()
+    rows = [f'| {at(k)}`{k}{call(k)}` | {_cell((v.__doc__ or "").split(chr(10))[0])} |' for k, v in own.items() if isfunction(v)]
     return '\n'.join(['| of each instance | what it is |', '| :-- | :-- |', *rows]) if rows else ''
 
 # %% ../nbs/95_docs.ipynb #4d3c71c0
@@ -108,7 +109,7 @@ class ShowModule(Processor):
         cell['cell_type'], cell['source'] = 'markdown', NbdevLookup().linkify(entry(m[1], self.module))
         cell.pop('outputs', None)
 
-# %% ../nbs/95_docs.ipynb #da72c284
+# %% ../nbs/95_docs.ipynb #fc4d435c
 _NUMBER = re.compile(r'(?<![\w.])\d+[a-z]?_(?=[\w.]+\.ipynb)')
 
 def unnumbered(
@@ -125,9 +126,10 @@ def drop_numbers(
         nb = json.loads(p.read_text('utf-8'))
         for c in nb['cells']:
             if c['cell_type'] == 'markdown': c['source'] = unnumbered(''.join(c['source']))
+            if c['cell_type'] == 'raw': c['source'] = re.sub(r'^output-file:.*\n', '', ''.join(c['source']), flags=re.M)
         p.write_text(json.dumps(nb), 'utf-8')
         p.rename(p.with_name(unnumbered(p.name)))
-    for p in folder.glob('*.yml'): p.write_text(unnumbered(p.read_text('utf-8')), 'utf-8')
+    for p in [*folder.glob('*.yml'), *folder.glob('*.qmd')]: p.write_text(unnumbered(p.read_text('utf-8')), 'utf-8')
 
 # %% ../nbs/95_docs.ipynb #a222df18
 _MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
@@ -167,7 +169,7 @@ def sidebar(
     parts = {'Tutorials': 'tutorials', 'Explanations': 'explain', 'Reference': '.'}
     return dict(website=dict(sidebar=dict(contents=['index.qmd', *(dict(section=k, contents=pages(v)) for k, v in parts.items())])))
 
-# %% ../nbs/95_docs.ipynb #40b82a2f
+# %% ../nbs/95_docs.ipynb #b9fd5b0f
 def build(
     renderer:str='', # `quarto` or `smalldocs`; empty: Quarto where it is installed
 )->Path: # `_docs`
@@ -188,7 +190,8 @@ def build(
     (cache/'assets').mkdir(exist_ok=True)
     shutil.copy2(Path(plotly.__file__).parent/'package_data'/'plotly.min.js', cache/'assets')
     if renderer == 'smalldocs': drop_numbers(cache)
-    subprocess.run(['quarto', 'render', '--no-cache'] if renderer == 'quarto' else ['smalldocs', 'render', '.'], cwd=cache, check=True)
+    render = dict(quarto=['quarto', 'render', '--no-cache'], smalldocs=['smalldocs', 'render', '--quiet', '.'])
+    subprocess.run(render[renderer], cwd=cache, check=True)
     made = cache/cfg.doc_path.name
     for p in made.rglob('*.html') if renderer == 'smalldocs' else ():
         up = '../'*(len(p.relative_to(made).parts) - 1)

@@ -72,9 +72,17 @@ class Shape(NamedTuple):
     part:int=0       # of a person: index into `PARTS`
 
 # %% ../../nbs/10_data.rooms.ipynb #5ef281fa
-def box(at, half, look, turn=np.eye(3)): return Shape('box', np.asarray(at, float), half, look, turn)
-def ball(at, radii, look, turn=np.eye(3), part=0): return Shape('ball', np.asarray(at, float), radii, look, turn, part)
-def cone(at, bottom, half, top, look): return Shape('cone', np.asarray(at, float), (bottom, half, top), look)
+def box(at, half, look, turn=np.eye(3)):
+    "A box: its center, half of its sides (m), its look"
+    return Shape('box', np.asarray(at, float), half, look, turn)
+
+def ball(at, radii, look, turn=np.eye(3), part=0):
+    "An ellipsoid: its center, its radii (m), its look, the part of a person that it is"
+    return Shape('ball', np.asarray(at, float), radii, look, turn, part)
+
+def cone(at, bottom, half, top, look):
+    "A cone cut off at the top: its center, the radius below, half of its height, the radius above (m), its look"
+    return Shape('cone', np.asarray(at, float), (bottom, half, top), look)
 
 def yaw(
     angle:float, # radians, counterclockwise seen from above
@@ -227,33 +235,42 @@ def paint(
     return tuple(v*(1 - s*(.5 + .5*math.cos(2*math.pi*(h - k/3 + .5)))) for k in range(3))
 
 def wood(rng)->Look:
+    "Planks of some brown"
     c = paint(rng, (.05, .09), (.5, .8), (.15, .6))
     return Look(c, tuple(.65*x for x in c), 'planks', rng.uniform(.06, .15))
 
 def fabric(rng)->Look:
+    "Cloth of any color, plain or patterned"
     pattern = rng.choice(['plain', 'noise', 'stripes', 'checks'], p=[.4, .3, .2, .1])
     return Look(paint(rng, saturation=(.3, .8), value=(.12, .7)), paint(rng), str(pattern), rng.uniform(.04, .12))
 
-def plain(r, g, b, glow=0.): return Look((r, g, b), glow=glow)
+def plain(r, g, b, glow=0.):
+    "One color, that may glow"
+    return Look((r, g, b), glow=glow)
 
 # %% ../../nbs/10_data.rooms.ipynb #f3a0113a
 def _legs(w, h, d, r, look):
     return [box((x*(w - r), h/2, z*(d - r)), (r, h/2, r), look) for x in (-1, 1) for z in (-1, 1)]
 
 def table(rng, h=None):
+    "A table with four legs"
     w, d, h = rng.uniform(.45, .8), rng.uniform(.35, .5), h or rng.uniform(.7, .76)
     look = wood(rng)
     return [box((0, h - .02, 0), (w, .02, d), look)] + _legs(w - .03, h - .04, d - .03, .03, look)
 
-def coffee_table(rng): return table(rng, h=rng.uniform(.38, .46))
+def coffee_table(rng):
+    "A low table"
+    return table(rng, h=rng.uniform(.38, .46))
 
 def chair(rng):
+    "A chair with a back"
     frame, seat = wood(rng), fabric(rng)
     back = rng.uniform(.8, .98)
     return ([box((0, .45, 0), (.22, .03, .22), seat), box((0, back - .14, -.2), (.21, .14, .02), seat)]
             + [box((x, back/2 + .2, -.2), (.02, back/2 - .2, .02), frame) for x in (-.2, .2)] + _legs(.22, .42, .22, .02, frame))
 
 def sofa(rng):
+    "A sofa with cushions"
     w, look, cushion = rng.uniform(.75, 1.05), fabric(rng), fabric(rng)
     n = 2 if w < .9 else 3
     seats = [box((x, .40, .06), ((w - .16)/n - .01, .06, .36), look) for x in np.linspace(-1, 1, 2*n + 1)[1::2]*(w - .16)]
@@ -264,6 +281,7 @@ def sofa(rng):
 
 # %% ../../nbs/10_data.rooms.ipynb #191aadad
 def bed(rng):
+    "A bed with a cover and pillows"
     w, frame, cover = rng.uniform(.5, .85), wood(rng), fabric(rng)
     white = plain(.75, .75, .72)
     pillows = [ball((x, .53, -.72), (.3, .09, .2), white) for x in ([0.] if w < .65 else [-.5*w, .5*w])]
@@ -271,6 +289,7 @@ def bed(rng):
             box((0, .38, 0), (w - .02, .1, .98), white), box((0, .38, .3), (w + .01, .125, .72), cover)] + pillows
 
 def cabinet(rng):
+    "A cabinet, low or as high as a wardrobe"
     w, h, look = rng.uniform(.4, .7), rng.uniform(.7, 1.0), wood(rng)
     if rng.random() < .3: h = rng.uniform(1.8, 2.1)
     doors = [box((x*w/2, h/2 + .03, .235), (w/2 - .015, h/2 - .06, .01), look) for x in (-1, 1)]
@@ -278,6 +297,7 @@ def cabinet(rng):
     return [box((0, h/2, 0), (w, h/2, .225), look)] + doors + knobs
 
 def bookshelf(rng):
+    "Shelves with books"
     w, h, look, n = rng.uniform(.35, .6), rng.uniform(1.5, 2.), wood(rng), int(rng.integers(4, 6))
     shelves = [box((0, y, 0), (w, .012, .15), look) for y in np.linspace(.06, h - .012, n + 1)]
     step, rows = (h - .07)/n, []
@@ -293,18 +313,22 @@ def bookshelf(rng):
 def _shade(rng, y, r, h): return cone((0, y, 0), r, h, r*rng.uniform(.5, .8), plain(1., .85, .6, glow=.3))
 
 def floor_lamp(rng):
+    "A lamp on the floor"
     h, metal = rng.uniform(1.4, 1.7), plain(.12, .12, .12)
     return [_shade(rng, h, .2, .14), cone((0, .015, 0), .14, .015, .13, metal), cone((0, h/2, 0), .013, h/2, .013, metal)]
 
 def table_lamp(rng):
+    "A lamp for a table"
     foot = Look(paint(rng))
     return [_shade(rng, .36, .13, .09), ball((0, .12, 0), (.07, .12, .07), foot), cone((0, .25, 0), .012, .05, .012, foot)]
 
 def pendant(rng):
+    "A lamp that hangs from the ceiling"
     drop = rng.uniform(.25, .5)
     return [_shade(rng, -drop, .22, .1), cone((0, -drop/2, 0), .008, drop/2, .008, plain(.1, .1, .1))]
 
 def plant(rng, size=1.):
+    "A plant in its pot"
     leaf, pot, n = Look(paint(rng, (.25, .38), (.5, .8), (.15, .4))), Look(paint(rng, (.02, .1), (.3, .7))), int(rng.integers(7, 11))
     soil = cone((0, .27*size, 0), .12*size, .005, .12*size, plain(.08, .05, .03))
     shapes = [cone((0, .13*size, 0), .1*size, .13*size, .14*size, pot), soil]
@@ -315,15 +339,19 @@ def plant(rng, size=1.):
         shapes += [stalk, ball(tip, (.06*size, .16*size, .02*size), leaf, stalk.turn)]
     return shapes
 
-def small_plant(rng): return plant(rng, .5)
+def small_plant(rng):
+    "A plant of half the size"
+    return plant(rng, .5)
 
 # %% ../../nbs/10_data.rooms.ipynb #c6302cbf
 def crate(rng):
+    "A cardboard box"
     w, h, d = rng.uniform(.15, .3, 3)
     card = Look(paint(rng, (.07, .1), (.4, .6), (.35, .6)))
     return [box((0, h, 0), (w, h, d), card), box((0, h, 0), (.03, h + .003, d + .003), plain(.6, .5, .35))]
 
 def tv(rng):
+    "A television, on or off"
     w = rng.uniform(.35, .5)
     on = Look(paint(rng), paint(rng), 'noise', .15, glow=.5) if rng.random() < .5 else plain(.02, .02, .03)
     dark = plain(.03, .03, .03)
@@ -331,12 +359,14 @@ def tv(rng):
             box((0, .04, 0), (.03, .04, .02), dark), box((0, .01, 0), (.2, .01, .1), dark)]
 
 def picture(rng):
+    "A framed picture on a wall"
     w, h, y = rng.uniform(.2, .5), rng.uniform(.2, .4), rng.uniform(1.45, 1.65)
     colors = [paint(rng, saturation=(.3, .9)) for _ in range(2)]
     art = Look(*colors, str(rng.choice(['noise', 'stripes', 'checks'])), rng.uniform(.08, .25))
     return [box((0, y, .015), (w, h, .015), wood(rng)), box((0, y, .03), (w - .04, h - .04, .004), art)]
 
 def door(rng):
+    "A door in its frame"
     leaf = wood(rng) if rng.random() < .5 else Look(paint(rng, saturation=(0, .2), value=(.5, .8)))
     frame = Look(tuple(.7*x for x in leaf.color))
     panels = [box((0, y, .045), (.28, .34, .006), frame) for y in (.5, 1.45)]
@@ -345,6 +375,7 @@ def door(rng):
 
 # %% ../../nbs/10_data.rooms.ipynb #d98d8a5a
 def window(rng):
+    "A window"
     w, h, y = rng.uniform(.45, .9), rng.uniform(.45, .65), rng.uniform(1.45, 1.6)
     white = plain(.75, .75, .75)
     sky = Look((.55, .75, 1.), (.95, .97, 1.), 'noise', .5, glow=1.)
@@ -353,6 +384,7 @@ def window(rng):
     return [box((0, y, .005), (w, h, .005), sky)] + bars + sills
 
 def rug(rng):
+    "A rug on the floor"
     w, d = rng.uniform(.7, 1.2), rng.uniform(.5, .9)
     return [box((0, .002, 0), (w, .002, d), Look(paint(rng))), box((0, .003, 0), (w - .08, .002, d - .08), fabric(rng))]
 

@@ -373,7 +373,9 @@ def _axes(cell, place:dict, size:tuple, n:int)->dict: # layout of the n-th cell
     return {x: dict(off, domain=place['x'], anchor=f'y{n}', range=[-.5, size[1] - .5], **tied('x')),
             y: dict(off, domain=place['y'], anchor=f'x{n}', range=[size[0] - .5, -.5], scaleanchor=False, **tied('y'))}
 
-def axis_title(text:str)->dict: return dict(text=text, standoff=4, font=FONT)
+def axis_title(text:str)->dict:
+    "A plotly axis title near its axis"
+    return dict(text=text, standoff=4, font=FONT)
 
 def text_at(text:str, x:float, y:float, **kw)->dict: # a plotly annotation
     "Text whose lower left corner is at (x, y), shares of the figure"
