@@ -72,7 +72,7 @@ def parameters(
     if not rows: return ''
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter', 'type', 'default', 'what it is'), (':--', ':--', ':--', ':--'), *rows])
 
-# %% ../nbs/95_docs.ipynb #3e89ab42
+# %% ../nbs/95_docs.ipynb #a40ae68d
 def entry(
     name:str, # `preset`, `Ledger.events`
     module,   # that has it
@@ -80,11 +80,12 @@ def entry(
     "Name, source, signature, description, parameters, and the methods of a class"
     thing = attrgetter(name)(module)
     f = unwrap(thing.fget if isinstance(thing, property) else thing)
-    says = getdoc(f) if '__doc__' in vars(f) and f.__doc__ and not f.__doc__.startswith(f'{name}(') else ''
+    if not f.__doc__ or f.__doc__.startswith(f'{name}('): # dataclasses make one up
+        raise ValueError(f"{module.__name__}.{name} has no docstring: say in a line what it is")
     source, lines = '/'.join(module.__name__.split('.')) + '.py', getsourcelines(f)[1]
     cfg = get_config()
     link = f'[source]({cfg.git_url}/blob/{cfg.branch}/{source}#L{lines})'
-    parts = [f'### {name} {{#{name.lower()}}}', f'{"class" if isclass(f) else "function"} of `{module.__name__}` · {link}', says]
+    parts = [f'### {name} {{#{name.lower()}}}', f'{"class" if isclass(f) else "function"} of `{module.__name__}` · {link}', getdoc(f)]
     if isfunction(f) or isclass(f) and not issubclass(f, (dict, Exception)): parts.append(parameters(f))
     if isclass(f): parts.append(_methods(f))
     return '\n\n'.join(filter(None, parts)) + '\n'

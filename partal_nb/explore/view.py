@@ -83,6 +83,7 @@ def _since(self:Opened)->np.ndarray: # (N, K) int: 0 for the start, r for the pu
 
 @patch
 def labelled(self:Opened, round:int)->np.ndarray: # (N, K) bool
+    "Which pairs are labelled in a round"
     since = self.since()
     return (since >= 0) & (since <= round)
 
