@@ -210,12 +210,12 @@ def _check_config(c:RunConfig):
     if c.per_price and not c.step_money: raise ValueError("config per_price: scores per price need a budget in money; set step_money")
     if repeated := [t for t in set(c.tasks) if c.tasks.count(t) > 1]: raise ValueError(f"config tasks: {repeated} named twice")
 
-# %% ../nbs/00_core.ipynb #18165950
+# %% ../nbs/00_core.ipynb #fbd1e32b
 PRESETS = dict(
     demo=dict(pool_images=120, test_images=40, start_images=12, step_pairs=36, rounds=2, features=32, train_by='looks', train_for=90,
               lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')),
-    rooms=dict(pool_images=600, test_images=200, start_images=40, step_pairs=200, rounds=5, features=32, train_by='looks', train_for=400, lr=5e-4,
-               augment='flip', tasks=('semseg', 'depth', 'normals', 'edges', 'parts')),
+    rooms=dict(height=48, width=64, pool_images=400, test_images=200, start_images=20, step_pairs=60, features=32, train_by='looks', train_for=250,
+               lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')), # ten strategies × five seeds: about two hours on two CPU cores
     nyuv2_small=dict(data='', height=144, width=192, tasks=('semseg', 'depth', 'normals'), features=48, lr=1e-3, train_for=30),
     nyuv2=dict(data='', height=480, width=640, tasks=('semseg', 'depth', 'normals'), encoder='hrnet_w18_small_v2', features=256),
     pascal=dict(data='', height=512, width=512, tasks=('semseg', 'parts', 'saliency', 'edges', 'normals'), encoder='hrnet_w18_small_v2', features=256,
