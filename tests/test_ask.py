@@ -412,7 +412,7 @@ def test_a_complete_task_needs_no_score(tmp_path):
     assert {q['task'] for q in batch.queries} <= {'semseg', 'normals'} and all('knowing depth' in q['why'] for q in batch.queries)
 
 @pytest.mark.parametrize('make,says', [
-    (lambda d: (d/'photos').mkdir(), 'no image in it'), (lambda d: write_atomic(d/'photos/a.png', b'torn'), 'a.png (rgb): not an image'),
+    (lambda d: (d/'photos').mkdir(), 'no image in it'), (lambda d: write_atomic(d/'photos/a.png', b'torn'), 'a.png (rgb): not a whole image'),
     (lambda d: (photos(d/'photos'), write_atomic(d/'photos/depth/room00.png', png_bytes(np.zeros((H, W), np.uint16)))), 'all of it is void'),
     (lambda d: (photos(d/'photos'), write_atomic(d/'photos/depth/room00.png', png_bytes(np.ones((9, 9), np.uint16)))), '(9, 9) pixels, but its image has'),
     (lambda d: (photos(d/'photos'), write_atomic(d/'photos/semseg/room00.png', png_bytes(np.full((H, W), 77, np.uint8)))), 'pixels of value 77')])

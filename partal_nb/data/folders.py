@@ -266,9 +266,9 @@ def _add_derived(folder:Folder, name:str): # a task that is read from the very f
         raise ValueError(f"{name!r} is derived from {source!r}, but {folder.path} has only {list(folder.tasks)}")
     folder.tasks[name], folder.places[name], folder._files[name] = DERIVATIONS[name].task, folder.places[source], folder._files[source]
 
-def _read_raw(file:Path, task:str): # an array; of a MATLAB file its variables
+def _read_raw(file:Path, task:str, **how): # an array; of a MATLAB file its variables
     if file.suffix not in ('.npy', '.mat'): return np.array(open_image(file, f'task {task}'))
-    try: return np.load(file, allow_pickle=False) if file.suffix == '.npy' else loadmat(file, simplify_cells=True)
+    try: return np.load(file, allow_pickle=False, **how) if file.suffix == '.npy' else loadmat(file, simplify_cells=True)
     except FileNotFoundError: raise FileNotFoundError(f"{file} (task {task}): no such file") from None
     except (EOFError, *MAT_ERRORS) as e:
         raise ValueError(f"{file} (task {task}): not a whole {file.suffix} file ({file.stat().st_size:,} bytes): {e}; copy it again") from e
@@ -285,7 +285,7 @@ def _read_place(place:Place, file:Path, root:Path)->np.ndarray: # (H, W, C)
     return check_label(label, task, str(file))
 
 def _size(file:Path)->tuple: # height, width of an image
-    return np.load(file, mmap_mode='r', allow_pickle=False).shape[:2] if file.suffix == '.npy' else image_size(file)
+    return _read_raw(file, 'rgb', mmap_mode='r').shape[:2] if file.suffix == '.npy' else image_size(file)
 
 def _bytes(a:np.ndarray, file:Path)->np.ndarray: # floats from 0 to 1, or bytes
     if a.dtype.kind == 'f' and 0 <= a.min() and a.max() <= 1: a = np.round(a*255).astype(np.uint8)

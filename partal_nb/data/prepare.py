@@ -147,12 +147,13 @@ def check(
     return Checked(source.name, counts, faults + (_changed(source, faults) if isinstance(source, Store) else []))
 
 def _check_image(source, id:str, count:dict, faults:list, positive:dict):
+    said = set() # a photograph that can't be read is a fault once, not again with each of its labels
     for task in ('rgb', *source.tasks):
         if task != 'rgb' and not source.has(id, task): continue
         try: label = source.rgb(id) if task == 'rgb' else source.label(id, task)
         except (ValueError, OSError) as e:
-            if task != 'rgb' and not source.has(id, 'rgb'): continue
-            faults.append(Fault(id, task, str(e)))
+            if str(e) not in said: faults.append(Fault(id, task, str(e)))
+            said.add(str(e))
             continue
         count['images' if task == 'rgb' else task] += 1
         if task in positive: positive[task] += int((label == 1).sum())

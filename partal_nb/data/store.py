@@ -20,7 +20,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from ..core import Task, cache_dir, inside, task_from_dict, write_atomic, write_json
@@ -132,16 +132,20 @@ def open_image(
     try:
         image = Image.open(path)
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        if not Path(path).is_file(): raise FileNotFoundError(f"{path} ({what}): no such file") from e
-        raise ValueError(f"{path} ({what}): not a whole image ({Path(path).stat().st_size:,} bytes): {e}; copy or prepare it again") from e
+    except _TORN as e: raise _torn(path, what, e) from e
     return image
 
 def image_size(path)->tuple[int, int]: # height, width
     "The size of an image, without decoding it"
     try:
         with Image.open(path) as image: return image.height, image.width
-    except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"{path} (rgb): not an image: {e}") from e
+    except _TORN as e: raise _torn(path, 'rgb', e) from e
+
+_TORN = OSError, SyntaxError, Image.DecompressionBombError # what Pillow raises
+
+def _torn(path, what:str, why:Exception)->Exception:
+    if not Path(path).is_file(): return FileNotFoundError(f"{path} ({what}): no such file")
+    return ValueError(f"{path} ({what}): not a whole image ({Path(path).stat().st_size:,} bytes): {why}; copy or prepare it again")
 
 def _load_npy(path, task:Task)->np.ndarray:
     try: a = np.load(path, allow_pickle=False)
