@@ -277,10 +277,12 @@ def home(
 def sidebar(
     nbs:Path, # folder of the notebooks
 )->dict: # as sidebar.yml has it
-    "Results, tutorials, explanations, the modules in the order of their numbers, and how to cite"
+    "Results, words, errors, tutorials, explanations, the modules in the order of their numbers, and how to cite"
     pages = lambda files: sorted(p.relative_to(nbs).as_posix() for p in nbs.glob(files))
     parts = {'Tutorials': pages('tutorials/*.ipynb'), 'Explanations': pages('explain/*.ipynb'), 'Reference': ['commands.qmd', *pages('[0-9]*.ipynb')]}
-    return dict(website=dict(sidebar=dict(contents=['index.qmd', 'results.ipynb', *(dict(section=k, contents=v) for k, v in parts.items()), 'cite.qmd'])))
+    sections = (dict(section=k, contents=v) for k, v in parts.items())
+    contents = ['index.qmd', 'results.ipynb', 'glossary.ipynb', 'errors.ipynb', *sections, 'cite.qmd']
+    return dict(website=dict(sidebar=dict(contents=contents)))
 
 # %% ../nbs/95_docs.ipynb #4b8c6d40
 def generated(
