@@ -58,7 +58,7 @@ def live_figure(
     style = f'height:{height}px;min-width:{220*max(1, len(panels))}px'
     return f'<div class="plotly-figure" id="{i}" style="{style}"></div><script>Plotly.newPlot("{i}", ...{js})</script>'
 
-# %% ../nbs/95_docs.ipynb #8789fbfa
+# %% ../nbs/95_docs.ipynb #aeb18290
 def _cell(x)->str: # of a table
     return str(x).replace('|', '\\|').replace('\n', ' ').strip()
 
@@ -74,7 +74,8 @@ def parameters(
     says, rows = docments(thing), []
     for name, p in signature(thing).parameters.items():
         if name in ('self', 'cls'): continue
-        default = '' if p.default is Parameter.empty else f'`{_cell(p.default)}`' if len(repr(p.default)) < 40 else '…'
+        default = '' if p.default is Parameter.empty else "`''`" if isinstance(p.default, str) and not p.default else f'`{_cell(p.default)}`' \
+            if len(repr(p.default)) < 40 else '…'
         notes = [n.help for n in getattr(p.annotation, '__metadata__', ()) if getattr(n, 'help', '')] # where typer wants them
         kind = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(p.kind, '')
         rows.append((f'`{kind}{name}`', f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else '', default, _cell(says.get(name) or ' '.join(notes))))
