@@ -58,11 +58,12 @@ def live_figure(
     style = f'height:{height}px;min-width:{220*max(1, len(panels))}px'
     return f'<div class="plotly-figure" id="{i}" style="{style}"></div><script>Plotly.newPlot("{i}", ...{js})</script>'
 
-# %% ../nbs/95_docs.ipynb #a6c3cc35
+# %% ../nbs/95_docs.ipynb #aeb18290
 def _cell(x)->str: # of a table
     return str(x).replace('|', '\\|').replace('\n', ' ').strip()
 
 def _of(annotation)->str:
+    if get_origin(annotation) is Annotated: annotation = get_args(annotation)[0]
     return '' if annotation is Parameter.empty else annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, '__args__') \
         else str(annotation).replace('typing.', '').replace('collections.abc.', '')
 
@@ -73,13 +74,18 @@ def parameters(
     says, rows = docments(thing), []
     for name, p in signature(thing).parameters.items():
         if name in ('self', 'cls'): continue
-        default = '' if p.default is Parameter.empty else f'`{_cell(p.default)}`' if len(repr(p.default)) < 40 else '…'
+        default = '' if p.default is Parameter.empty else "`''`" if isinstance(p.default, str) and not p.default else f'`{_cell(p.default)}`' \
+            if len(repr(p.default)) < 40 else '…'
+        notes = [n.help for n in getattr(p.annotation, '__metadata__', ()) if getattr(n, 'help', '')] # where typer wants them
         kind = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(p.kind, '')
-        rows.append((f'`{kind}{name}`', f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else '', default, _cell(says.get(name) or '')))
+        rows.append((f'`{kind}{name}`', f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else '', default, _cell(says.get(name) or ' '.join(notes))))
     if isfunction(thing) and says.get('return'):
         rows.append(('**gives**', f'`{_cell(_of(signature(thing).return_annotation))}`', '', _cell(says['return'])))
-    if not rows: return ''
-    return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter', 'type', 'default', 'what it is'), (':--', ':--', ':--', ':--'), *rows])
+    return _options(('parameter', 'type', 'default', 'what it is'), rows)
+
+def _options(head:tuple, rows:list)->str: # a table that a phone shows as a list
+    table = '\n'.join(f'| {" | ".join(r)} |' for r in [head, (':--',)*len(head), *rows])
+    return f'::: {{.options}}\n{table}\n:::' if rows else ''
 
 # %% ../nbs/95_docs.ipynb #a40ae68d
 def entry(
@@ -236,7 +242,7 @@ def flow(
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2*w + gap} {y - 10}" role="img" font-family="system-ui,sans-serif">'
             f'<title>Train, measure, choose, label, and again</title><defs>{head}</defs>{"".join(parts)}</svg>\n')
 
-# %% ../nbs/95_docs.ipynb #c780cdbb
+# %% ../nbs/95_docs.ipynb #4718b0d5
 def _type(annotation)->str: # Annotated[Optional[list[Path]], …]: `Path …`
     if get_origin(annotation) is Annotated: annotation = get_args(annotation)[0]
     if type(None) in get_args(annotation): annotation = get_args(annotation)[0]
@@ -254,8 +260,8 @@ def command_help(
         given = (p.metavar or p.name.upper()) if p.param_type_name == 'argument' else ' '.join([*p.opts, *p.secondary_opts])
         default = 'required' if p.required else '' if p.default in (None, '') else f'`{_cell(p.default)}`'
         rows.append((f'`{given}`', _type(of[p.name].annotation), default, _cell(p.help or '')))
-    if rows: rows = [('argument or option', 'type', 'default', 'what it is'), (':--', ':--', ':--', ':--'), *rows]
-    return '\n\n'.join([f'## {path}', getdoc(command.callback), '\n'.join(f'| {" | ".join(r)} |' for r in rows)]).strip() + '\n'
+    table = _options(('argument or option', 'type', 'default', 'what it is'), rows)
+    return '\n\n'.join([f'## {path}', getdoc(command.callback), table]).strip() + '\n'
 
 # %% ../nbs/95_docs.ipynb #cb251c06
 def home(
@@ -277,10 +283,12 @@ def home(
 def sidebar(
     nbs:Path, # folder of the notebooks
 )->dict: # as sidebar.yml has it
-    "Results, tutorials, explanations, the modules in the order of their numbers, and how to cite"
+    "Results, words, errors, tutorials, explanations, the modules in the order of their numbers, and how to cite"
     pages = lambda files: sorted(p.relative_to(nbs).as_posix() for p in nbs.glob(files))
     parts = {'Tutorials': pages('tutorials/*.ipynb'), 'Explanations': pages('explain/*.ipynb'), 'Reference': ['commands.qmd', *pages('[0-9]*.ipynb')]}
-    return dict(website=dict(sidebar=dict(contents=['index.qmd', 'results.ipynb', *(dict(section=k, contents=v) for k, v in parts.items()), 'cite.qmd'])))
+    sections = (dict(section=k, contents=v) for k, v in parts.items())
+    contents = ['index.qmd', 'results.ipynb', 'glossary.ipynb', 'errors.ipynb', *sections, 'cite.qmd']
+    return dict(website=dict(sidebar=dict(contents=contents)))
 
 # %% ../nbs/95_docs.ipynb #4b8c6d40
 def generated(
