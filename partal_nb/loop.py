@@ -140,7 +140,7 @@ def _check_labels(ledger:Ledger, pool:Arrays):
 
 def _choose_tasks(config:RunConfig, store:Store)->tuple:
     if missing := [t for t in config.tasks if t not in store.tasks]:
-        raise ValueError(f"data set {store.name!r} has no task {missing}; there are {list(store.tasks)}")
+        raise ValueError(f"data set {store.name!r} has no task {missing}; there are {list(store.tasks)}, and --set tasks=[] takes them all")
     return tuple(store.tasks[t] for t in config.tasks or store.tasks)
 
 # %% ../nbs/60_loop.ipynb #167e1433

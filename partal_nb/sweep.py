@@ -229,7 +229,7 @@ def show_board(
     from rich.live import Live
     from rich.text import Text
     console, began, seen = Console(), time.monotonic(), {}
-    with Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else _nothing() as live:
+    with Live(console=console, auto_refresh=False, transient=False) if console.file.isatty() else _nothing() as live:
         def show(jobs:list[Job]):
             if live: return live.update(Text(board(jobs, time.monotonic() - began, start), no_wrap=True, overflow='ellipsis'), refresh=True)
             for j in jobs:

@@ -37,7 +37,7 @@ def words(p)->list[str]: # of a process; none if it is gone
 class Sweep:
     "The real command in a process of its own"
     def __init__(self, cwd, cache, *args):
-        env = dict(os.environ, COLUMNS='200', NO_COLOR='1', TERM='dumb', PARTAL_CACHE=str(cache))
+        env = dict(os.environ, COLUMNS='200', NO_COLOR='1', TERM='dumb', FORCE_COLOR='1', PARTAL_CACHE=str(cache)) # a kernel of Jupyter sets FORCE_COLOR
         self.process = subprocess.Popen([Path(sys.executable).parent/'partal', *COMMAND, *args], cwd=cwd, env=env, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
