@@ -58,7 +58,7 @@ def live_figure(
     style = f'height:{height}px;min-width:{220*max(1, len(panels))}px'
     return f'<div class="plotly-figure" id="{i}" style="{style}"></div><script>Plotly.newPlot("{i}", ...{js})</script>'
 
-# %% ../nbs/95_docs.ipynb #aeb18290
+# %% ../nbs/95_docs.ipynb #45969261
 def _cell(x)->str: # of a table
     return str(x).replace('|', '\\|').replace('\n', ' ').strip()
 
@@ -78,7 +78,8 @@ def parameters(
             if len(repr(p.default)) < 40 else '…'
         notes = [n.help for n in getattr(p.annotation, '__metadata__', ()) if getattr(n, 'help', '')] # where typer wants them
         kind = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(p.kind, '')
-        rows.append((f'`{kind}{name}`', f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else '', default, _cell(says.get(name) or ' '.join(notes))))
+        of = f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else ''
+        rows.append((f'`{kind}{name}`', of, default, _cell(says.get(name) or ' '.join(notes))))
     if isfunction(thing) and says.get('return'):
         rows.append(('**gives**', f'`{_cell(_of(signature(thing).return_annotation))}`', '', _cell(says['return'])))
     return _options(('parameter', 'type', 'default', 'what it is'), rows)
@@ -211,7 +212,7 @@ def modules(
     "What the numbered notebooks make, in their order"
     return [p.stem.split('_', 1)[1] for p in sorted(nbs.glob('[0-9]*.ipynb'))]
 
-# %% ../nbs/95_docs.ipynb #f509fb78
+# %% ../nbs/95_docs.ipynb #e232166a
 def _lines(title:str, names:list[str])->list[tuple[str, int, str]]: # text, size, color
     said, mono = textwrap.wrap(BOXES[title][0], 27), textwrap.wrap(' '.join(names), 27, break_on_hyphens=False)
     return [(title, 18, '#ffffff'), *((t, 13, '#ffffff') for t in said), *((t, 11, '#cfe3f5') for t in mono)]
@@ -236,9 +237,11 @@ def flow(
         parts += [_box((w + gap)*i, y, w, h, t, lines[t]) for i, t in enumerate(row)]
         y += h + (gap if row[0] in TURN else 10)
     a, b, left, right = height[0], height[0] + gap, w//2, w + gap + w//2
-    ends = [(w + 3, a//2, w + gap - 4, a//2), (right, a + 3, right, b - 4), (w + gap - 3, b + height[1]//2, w + 4, b + height[1]//2), (left, b - 3, left, a + 4)]
+    low = b + height[1]//2
+    ends = [(w + 3, a//2, w + gap - 4, a//2), (right, a + 3, right, b - 4), (w + gap - 3, low, w + 4, low), (left, b - 3, left, a + 4)]
     parts += [f'<line x1="{i}" y1="{j}" x2="{k}" y2="{l}" stroke="#d55e00" stroke-width="3" marker-end="url(#to)"/>' for i, j, k, l in ends]
-    head = '<marker id="to" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="4" markerHeight="4" orient="auto"><path d="M0 0L6 3L0 6z" fill="#d55e00"/></marker>'
+    head = ('<marker id="to" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="4" markerHeight="4" orient="auto">'
+            '<path d="M0 0L6 3L0 6z" fill="#d55e00"/></marker>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2*w + gap} {y - 10}" role="img" font-family="system-ui,sans-serif">'
             f'<title>Train, measure, choose, label, and again</title><defs>{head}</defs>{"".join(parts)}</svg>\n')
 
@@ -263,7 +266,7 @@ def command_help(
     table = _options(('argument or option', 'type', 'default', 'what it is'), rows)
     return '\n\n'.join([f'## {path}', getdoc(command.callback), table]).strip() + '\n'
 
-# %% ../nbs/95_docs.ipynb #cb251c06
+# %% ../nbs/95_docs.ipynb #79c2d28f
 def home(
     readme:str,     # text of README.md
     git:str,        # where the files are that are no pages
@@ -272,14 +275,15 @@ def home(
     "README.md, or a section of it, as a page of the site"
     title, body = readme.split('\n', 1)
     if section:
-        if not (own := re.search(rf'^## {re.escape(section)}\n(.*?)(?=^## |\Z)', body, re.M | re.S)): raise ValueError(f"README.md has no section {section!r}")
+        own = re.search(rf'^## {re.escape(section)}\n(.*?)(?=^## |\Z)', body, re.M | re.S)
+        if not own: raise ValueError(f"README.md has no section {section!r}")
         title, body = section, own[1]
     body = re.sub(r'^```(\w+) .*$', r'```\1', body, flags=re.M) # marks of the test that runs the blocks
     body = re.sub(r'\]\(nbs/((?:(?:tutorials|explain)/)?[\w.]+\.ipynb|images/[\w.]+)\)', r'](\1)', body)
     body = re.sub(r'\]\((?!https?:|#|images/|(?:\w+/)?[\w.]+\.ipynb\))([^)\s]+)\)', rf']({git}/\1)', body)
     return f'---\ntitle: {title.removeprefix("# ")}\n---\n<!-- made from README.md by `make docs`: edit that -->\n{body}'
 
-# %% ../nbs/95_docs.ipynb #7c63c921
+# %% ../nbs/95_docs.ipynb #cd309e03
 def sidebar(
     nbs:Path, # folder of the notebooks
 )->dict: # as sidebar.yml has it
