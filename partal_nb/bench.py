@@ -6,7 +6,7 @@
 __all__ = ['LINES', 'NYU', 'PARTS', 'interleave', 'compare', 'Line', 'line', 'measure', 'plain_loss', 'reference_counts',
            'grow_point', 'growth', 'slopes', 'draw_growth', 'draw_round', 'bench', 'row']
 
-# %% ../nbs/85_bench.ipynb #0ed18d5b
+# %% ../nbs/85_bench.ipynb #50a13c95
 import copy
 import importlib
 import json
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -149,7 +150,7 @@ def _disagreement(a:dict, b:dict, T:int)->tuple[float, float]: # what is the lar
         s.append((d.mean()/e.mean()).item() - 1)
     return max(map(abs, z)), max(map(abs, s))
 
-# %% ../nbs/85_bench.ipynb #6560f3b8
+# %% ../nbs/85_bench.ipynb #aab5d702
 def _whole_passes(net:PADNet, x:Tensor, T:int):
     "The plain way: `T` forward passes"
     with mc_dropout(net), torch.no_grad():
@@ -159,14 +160,12 @@ def _whole_passes(net:PADNet, x:Tensor, T:int):
 
 @line('passes', '10 dropout passes / 1 forward pass', most=2.)
 def _passes(quick:bool)->dict:
-    net, x, said = _protocol(), _images(1, *(64, 96) if quick else (256, 320)), {}
+    net, x = _protocol(), _images(1, *(64, 96) if quick else (256, 320))
     def one():
         with torch.no_grad(): net(x)
-    ways = {'1 forward pass': one,
-            '10 dropout passes': lambda: said.update(fast=_moments(passes(net, x, 10))),
-            '10 whole forward passes': lambda: said.update(plain=_moments(_whole_passes(net, x, 10)))}
-    seconds = interleave(ways, 1 if quick else 7)
-    z, s = _disagreement(said['fast'], said['plain'], 10)
+    streams = {'10 dropout passes': lambda: passes(net, x, 10), '10 whole forward passes': lambda: _whole_passes(net, x, 10)}
+    seconds = interleave({'1 forward pass': one} | {k: lambda f=f: deque(f(), 0) for k, f in streams.items()}, 1 if quick else 9)
+    z, s = _disagreement(*(_moments(f()) for f in streams.values()), 10)
     return compare(seconds, '10 dropout passes', '1 forward pass', means_apart=(z, .5 if quick else .2), deviations_apart=(s, .15 if quick else .05))
 
 # %% ../nbs/85_bench.ipynb #6e29c0de
@@ -322,7 +321,7 @@ def _top_pairs_240(quick:bool)->dict: return _top_pairs(quick, 240)
 @line('top_pairs_1M', 'top_pairs / full argsort, 1 million of 10 million pairs', most=.2)
 def _top_pairs_1M(quick:bool)->dict: return _top_pairs(quick, 30_000 if quick else 1_000_000)
 
-# %% ../nbs/85_bench.ipynb #54b86146
+# %% ../nbs/85_bench.ipynb #ff898b48
 def reference_counts(
     prob:np.ndarray,         # (H, W) probability of an edge
     truths:list[np.ndarray], # (H, W) bool, thin edges

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
-# %% ../nbs/60_loop.ipynb #06df2d66
+# %% ../nbs/60_loop.ipynb #5a4ec248
 import numpy as np
 import pandas as pd
 import torch
@@ -37,7 +37,7 @@ from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
 from .select.budget import Prices, check_ranking, least_total, parse_prices, price_of, spend
 from .select.strategy import Picks, Pool, Scores, get_strategy, select
-from .uncertainty.quality import uncertainty_quality
+from .uncertainty.quality import image_errors, uncertainty_quality
 from .uncertainty.score import foretold_losses, normalize, pool_features, score_pool
 
 # %% ../nbs/60_loop.ipynb #b97853d6
@@ -308,13 +308,14 @@ def _table(scores:pd.DataFrame, run:Run, column:str='raw')->np.ndarray: # (N, K)
     table = scores.pivot(index='image', columns='task', values=column)
     return table.reindex(index=list(run.pool.images), columns=[t.name for t in run.pool.tasks]).to_numpy()
 
-# %% ../nbs/60_loop.ipynb #b0388cc6
+# %% ../nbs/60_loop.ipynb #81a03bdc
 def _measure_name(config:RunConfig)->str:
     return 'disagreement' if get_strategy(config.strategy).needs in ('disagreement', 'inconsistency') else 'entropy'
 
 def _raw_scores(run:Run, r:int, models:list[PADNet], pairs:np.ndarray, known:np.ndarray)->np.ndarray: # (N, K)
     cfg, needs = run.config, get_strategy(run.config.strategy).needs
     if needs == 'loss': return foretold_losses(models[0], run.pool, pairs, progress=run.progress)
+    if needs == 'error': return np.where(pairs, image_errors(models[0], run.pool, inject=known), np.nan)
     estimator = 'inconsistency' if needs == 'inconsistency' else cfg.estimator
     return score_pool(models, run.pool, pairs, known, cfg.passes, derive_seed(cfg.seed, 'score', r), progress=run.progress, estimator=estimator,
                       measure=_measure_name(cfg))

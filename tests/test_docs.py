@@ -1,10 +1,12 @@
-"The site: builds, no broken link, no page without a title, no entry without a description, and nothing asked of another host"
+"The site: builds, no broken link, no page without a title, no entry without a description, nothing asked of another host, and a search that finds"
 import inspect
+import json
 import re
 import subprocess
 import sys
 import threading
 from functools import partial
+from hashlib import sha256
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -12,10 +14,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-import yaml
+from nbdev.config import get_config
 
+from partal_nb import __version__
 from partal_nb._modidx import d
-from partal_nb.docs import home, sidebar
+from partal_nb.docs import generated
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT/'nbs'
@@ -68,12 +71,25 @@ def site():
 @pytest.fixture(scope='module')
 def pages(site): return read(site)
 
-def test_home_is_the_readme():
-    git = f"{d['settings']['git_url']}/blob/{d['settings']['branch']}"
-    assert (NBS/'index.qmd').read_text('utf-8') == home((ROOT/'README.md').read_text('utf-8'), git), '`make docs` and commit nbs/index.qmd'
+MADE = generated(get_config(path=ROOT))
 
-def test_sidebar_has_every_notebook():
-    assert yaml.safe_load((NBS/'sidebar.yml').read_text('utf-8')) == sidebar(NBS), '`make docs` and commit nbs/sidebar.yml'
+@pytest.mark.parametrize('name', MADE)
+def test_what_is_made_from_others_is_up_to_date(name):
+    assert (NBS/name).read_text('utf-8') == MADE[name], f'`make docs` and commit nbs/{name}'
+
+def test_results_are_of_the_committed_journals():
+    "The notebook's last line is a number of all the files that it was drawn from"
+    cells = json.loads((NBS/'results.ipynb').read_text('utf-8'))['cells']
+    results = NBS/'runs/results'
+    files = sorted(p for p in results.rglob('*') if p.suffix in ('.json', '.jsonl'))
+    now = sha256(b''.join(p.relative_to(results).as_posix().encode() + p.read_bytes() for p in files)).hexdigest()[:12]
+    assert ''.join(cells[-1]['outputs'][0]['text']).strip() == now, ('journals have come or changed: jupyter nbconvert --to notebook --execute --inplace '
+        'nbs/results.ipynb && nbdev_clean --fname nbs/results.ipynb')
+
+def test_every_committed_run_is_among_the_results(pages):
+    for p in sorted((NBS/'runs/results').rglob('journal.jsonl')): assert p.relative_to(NBS).as_posix() in pages['results.html'].links, p
+
+def test_cite_says_the_version(): assert f'version = {{{__version__}}}' in (NBS/'cite.qmd').read_text('utf-8')
 
 def test_a_page_for_each_module(pages):
     assert not {f"{m.removeprefix('partal_nb.')}.html" for m in d['syms']} - set(pages)
@@ -106,24 +122,53 @@ def test_planted_faults_are_found(tmp_path):
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
-def test_every_page_in_a_browser(pages, site):
-    "Nothing is asked of another host, no error is raised, figures are drawn, and a phone shows no page wider than itself"
+@pytest.fixture(scope='module')
+def browser(site):
+    "Chromium, the site's address, and what was asked of others"
     api = pytest.importorskip('playwright.sync_api')
     if not Path('/usr/bin/chromium').exists(): pytest.skip('no /usr/bin/chromium')
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    top, asked, faults = f'http://127.0.0.1:{server.server_port}/', [], []
     with api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path='/usr/bin/chromium', args=['--no-sandbox', '--disable-gpu'])
-        page = browser.new_page(viewport=dict(width=390, height=800))
-        page.route('**/*', lambda r: r.continue_() if r.request.url.startswith((top, 'data:', 'blob:')) else (asked.append(r.request.url), r.abort()))
-        page.on('pageerror', lambda e: faults.append((page.url, str(e)[:200])))
-        for name, parsed in pages.items():
-            page.goto(top + name, wait_until='load')
-            wide = page.evaluate('document.documentElement.scrollWidth')
-            if wide > 391: faults.append((name, f'{wide} px wide on a phone of 390'))
-            if page.evaluate('[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))'): faults.append((name, 'a figure is not drawn'))
-        browser.close()
+        chromium = p.chromium.launch(executable_path='/usr/bin/chromium', args=['--no-sandbox', '--disable-gpu'])
+        yield chromium, f'http://127.0.0.1:{server.server_port}/'
+        chromium.close()
     server.shutdown()
+
+@pytest.mark.parametrize('width,scheme', [(390, 'light'), (1280, 'dark')])
+def test_every_page_in_a_browser(pages, browser, width, scheme):
+    "Nothing is asked of another host, no error is raised, figures and pictures are there, no page is wider than its screen, and dark is dark"
+    chromium, top = browser
+    asked, faults = [], []
+    page = chromium.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
+    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith((top, 'data:', 'blob:')) else (asked.append(r.request.url), r.abort()))
+    page.on('pageerror', lambda e: faults.append((page.url, str(e)[:200])))
+    for name in pages:
+        page.goto(top + name, wait_until='load')
+        wide = page.evaluate('document.documentElement.scrollWidth')
+        if wide > width + 1: faults.append((name, f'{wide} px wide on a screen of {width}'))
+        if page.evaluate('[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))'): faults.append((name, 'a figure is not drawn'))
+        if page.evaluate('[...document.images].some(i => !i.naturalWidth)'): faults.append((name, 'a picture is not there'))
+        for part in ('body', '.navbar'):
+            color = page.evaluate(f'getComputedStyle(document.querySelector("{part}")).backgroundColor')
+            light = sum(map(float, re.findall(r'[\d.]+', color.replace('srgb', ''))[:3]))
+            if (light > (1.5 if 'srgb' in color else 383)) != (scheme == 'light'): faults.append((name, f'{part} is {color} where all is {scheme}'))
+    page.close()
     assert not asked
     assert not faults
+
+FOUND = [('boundary_counts', 'boundaries.html#boundary_counts'), # a function
+         ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
+         ("unknown preset 'nyu3'; there are", 'cli.html'), ('expected field=value', 'cli.html#parse_changes'), # messages, also with one's own mistake in them
+         ('partal prepare', 'commands.html#partal-prepare')]
+
+@pytest.mark.parametrize('query,place', FOUND)
+def test_search_finds(browser, query, place):
+    chromium, top = browser
+    page = chromium.new_page(viewport=dict(width=1280, height=800))
+    page.goto(top + 'index.html', wait_until='load')
+    page.fill('.smalldocs-search input', query)
+    page.wait_for_selector('.search-result, .search-none')
+    found = [a.get_attribute('href').removeprefix('./') for a in page.query_selector_all('.search-result')]
+    assert any(f.startswith(place) for f in found), found
+    page.close()

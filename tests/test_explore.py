@@ -11,13 +11,16 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from partal_nb.core import preset
-from partal_nb.explore.entropy import entropy_view
+from partal_nb.core import preset, semseg_task, standard_task
+from partal_nb.data.store import write_store
+from partal_nb.explore.entropy import EntropyExplorer, entropy_view
 from partal_nb.explore.injection import injection_view
 from partal_nb.explore.selection import reasons
-from partal_nb.explore.view import open_look
+from partal_nb.explore.view import Door, open_look, weight
 from partal_nb.loop import run
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
@@ -26,6 +29,7 @@ FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-backgroun
 HERE = ('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')
 VOILAS_OWN = 'fortawesome' # its page asks a CDN for an icon font; it does without
 APPS = ('entropy', 'selection', 'injection')
+PATIENCE = 180_000 # ms, until an app is there; a busy machine takes its time to import PyTorch
 
 # A run, a browser, two servers
 
@@ -86,7 +90,7 @@ def served(command, url, folder, **env):
     with open(log, 'w') as out, subprocess.Popen(list(map(str, command)), cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1', **own, **env),
                                                  stdout=out, stderr=subprocess.STDOUT) as server:
         try:
-            until = time.monotonic() + 90
+            until = time.monotonic() + PATIENCE/1000
             while not answers(url() if callable(url) else url):
                 assert server.poll() is None and time.monotonic() < until, log.read_text()
                 time.sleep(.2)
@@ -119,7 +123,7 @@ def app(name, folder, page, tmp):
 
 def figure(page):
     plot = page.locator('.js-plotly-plot').first
-    plot.locator('.annotation-text').first.wait_for(timeout=90_000)
+    plot.locator('.annotation-text').first.wait_for(timeout=PATIENCE)
     return plot
 
 def titles(plot): return [' '.join(t.split()) for t in plot.locator('.annotation-text').all_text_contents()]
@@ -142,9 +146,18 @@ def point(page, plot, axis, x:float, y:float, says:str):
     page.mouse.move(*at)
     until(page, lambda: plot.locator('.hoverlayer .hovertext').all_text_contents() == [says])
 
+def row(page, description:str): return page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True))
+
 def slide(page, description:str):
     "One step to the right, with the keyboard"
-    page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True)).locator('.noUi-handle').first.press('ArrowRight')
+    row(page, description).locator('.noUi-handle').first.press('ArrowRight')
+
+def tab_to(page, target):
+    "Press Tab until `target` has the focus"
+    for _ in range(30):
+        page.keyboard.press('Tab')
+        if target.evaluate('e => e === document.activeElement'): return
+    raise AssertionError('the keyboard does not reach it')
 
 def tick(page, description:str): page.locator('.widget-checkbox', has_text=description).locator('input').click()
 
@@ -172,7 +185,7 @@ def try_selection(page, look):
     assert titles(plot)[0].startswith('15 of 30 pairs are labeled, for 15')
     assert f'1. {look.tasks[bought[0].task].name} of {look.pool.images[bought[0].image]}' in titles(plot)
     image, task = (int(i[0]) for i in (look.since() == 0).nonzero())
-    point(page, plot, '', image, task, f'{look.tasks[task].name} of image {look.pool.images[image]}: start')
+    point(page, plot, '', image, task, f'{look.tasks[task].name} of image {look.pool.images[image]}: start, for 1')
     marks = lambda: plot.locator('.scatterlayer .point').count()
     assert marks() == 6
     slide(page, 'budget')
@@ -213,13 +226,89 @@ def test_notebook(name, page, lab, look):
 def test_app(name, page, look, tmp_path):
     with app(name, look.folder, page, tmp_path) as url:
         assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is shown to nobody without the token'
-        page.goto(url, timeout=90_000)
+        page.goto(url, timeout=PATIENCE)
         TRY[name](page, look)
+
+def test_the_keyboard_is_enough(page, look, tmp_path):
+    "From control to control with Tab: the image, the order, the round, the change, and both ways to save"
+    with app('entropy', look.folder, page, tmp_path) as url:
+        page.goto(url, timeout=PATIENCE)
+        plot = figure(page)
+        tab_to(page, row(page, 'image').locator('.noUi-handle').first)
+        for i in (1, 2):
+            page.keyboard.press('ArrowRight')
+            until(page, lambda: titles(plot)[0] == plain(entropy_view(look, i, 0).title))
+        tab_to(page, page.locator('.widget-dropdown', has_text='order').locator('select'))
+        page.keyboard.press('ArrowDown')
+        third = int(np.argsort(-look.scores(0).norm[:, 0], kind='stable')[2])
+        until(page, lambda: titles(plot)[0] == plain(entropy_view(look, third, 0).title))
+        tab_to(page, page.locator('.widget-dropdown', has_text='round').locator('select'))
+        page.keyboard.press('ArrowDown')
+        change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
+        until(page, change.is_enabled) # round 0 has no round before it
+        tab_to(page, change)
+        page.keyboard.press('Space')
+        until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
+        tab_to(page, page.get_by_role('button', name='save as HTML'))
+        page.keyboard.press('Enter')
+        until(page, lambda: list((look.folder/'explore').glob('entropy-round1-*.html')))
+        tab_to(page, page.get_by_role('button', name='save as PNG'))
+        with page.expect_download() as saved: page.keyboard.press('Enter')
+        picture = Image.open(saved.value.path())
+        assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-round1-')
+        assert picture.width >= plot.evaluate('gd => gd._fullLayout.width') and len(picture.convert('RGB').getcolors(10**6)) > 1000
+
+BAD = dict(unfinished=lambda p: (p/'journal.jsonl').unlink(), foreign=lambda p: (p/'config.json').write_text('{"model": "resnet"}'),
+           older=lambda p: (p/'config.json').write_text((p/'config.json').read_text().replace('"passes"', '"mc_passes"')),
+           torn=lambda p: (p/'round-0.safetensors').write_bytes(b'torn'))
+SAYS = dict(unfinished='no finished round yet', foreign='not the config.json of', older='another version of partal_nb', torn='torn or of another version')
+
+@pytest.mark.parametrize('kind', BAD)
+def test_a_bad_folder_gets_a_sentence(kind, look, tmp_path):
+    "In the app itself, without a browser: nothing is raised, and what is missing is said"
+    folder = shutil.copytree(look.folder, tmp_path/kind)
+    BAD[kind](folder)
+    door = Door(EntropyExplorer, folder)
+    said = door.says.value + ''.join(e.status.value for e in door.body.children)
+    assert SAYS[kind] in said and 'Traceback' not in said
+
+@pytest.fixture(scope='module')
+def thousand(tmp_path_factory):
+    "A run on a pool of 1,000 made-up images"
+    folder, tasks = tmp_path_factory.mktemp('thousand'), (semseg_task(['left', 'right']), standard_task('depth'))
+    def sample(i):
+        rng = np.random.default_rng(int(i))
+        halves = np.tile(np.arange(64) >= 32, (32, 1))[..., None].astype(np.uint8)
+        return dict(rgb=rng.integers(0, 256, (32, 64, 3), np.uint8), semseg=halves, depth=rng.uniform(1, 9, (32, 64, 1)).astype(np.float32))
+    names = [f'{i:04}' for i in range(1010)]
+    write_store(folder/'data', 'made up', tasks, dict(train=names[:1000], test=names[1000:]), sample, progress=False)
+    config = preset('demo', data=str(folder/'data'), tasks=('semseg', 'depth'), height=32, width=64, pool_images=0, test_images=0, features=8,
+                    encoder='test_efficientnet', pretrained=False, start_images=3, step_pairs=6, rounds=1, train_by='steps', train_for=2, passes=2, device='cpu')
+    return open_look(run(config, folder/'run', progress=False), progress=False)
+
+def test_a_thousand_images(page, thousand, tmp_path):
+    "The browser gets the one that is looked at, in whatever order, and not the pool"
+    frames = []
+    page.on('websocket', lambda s: s.on('framereceived', lambda data: frames.append(len(data))))
+    with app('entropy', thousand.folder, page, tmp_path) as url:
+        page.goto(url, timeout=PATIENCE)
+        plot = figure(page)
+        page.locator('.widget-dropdown', has_text='order').locator('select').select_option('depth, least sure first')
+        order = np.argsort(-thousand.scores(0).norm[:, 1], kind='stable')
+        until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[0]), 0).title))
+        page.wait_for_timeout(500) # until all has come
+        frames.clear()
+        for i in range(1, 6):
+            slide(page, 'image')
+            until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[i]), 0).title))
+        page.get_by_text('6 of 1000').wait_for()
+    one = weight(EntropyExplorer(thousand).stage.plot.figure)
+    assert 0 < sum(frames) < 5*2*one < thousand.pool.rgb.nbytes/5
 
 def test_a_run_that_is_not_there(page, tmp_path):
     "A sentence and a button, and no traceback"
     with app('entropy', tmp_path/'nowhere', page, tmp_path) as url:
-        page.goto(url, timeout=90_000)
-        page.get_by_text('config.json is missing').wait_for(timeout=90_000)
+        page.goto(url, timeout=PATIENCE)
+        page.get_by_text('config.json is missing').wait_for(timeout=PATIENCE)
         assert page.get_by_role('button', name='make the demo run').is_visible()
         assert 'Traceback' not in page.inner_text('body')

@@ -169,7 +169,7 @@ def _project_config(changes:dict, tasks:tuple)->RunConfig: # a project has one n
     config = config_from_dict(dict(DEFAULTS, data='', tasks=tuple(t.name for t in tasks), **changes))
     for k, known in _SERVED.items():
         if getattr(config, k) not in known: raise ValueError(f"config {k}: {getattr(config, k)!r} needs a run; in a project there are {list(known)}")
-    if (needs := get_strategy(config.strategy).needs) in ('features', 'loss'):
+    if (needs := get_strategy(config.strategy).needs) in ('features', 'loss', 'error'):
         raise ValueError(f"config strategy: {config.strategy!r} ranks by {needs}, which a project does not compute; take one that scores pairs")
     check_ranking(config.strategy, tasks)
     return config

@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['pool_order', 'EntropyView', 'entropy_view', 'entropy_picture', 'EntropyExplorer']
 
-# %% ../../nbs/70_explore.entropy.ipynb #2869ad30
+# %% ../../nbs/70_explore.entropy.ipynb #8dc56a56
 import html
 from dataclasses import dataclass
+from functools import lru_cache
 
 import ipywidgets as w
 import numpy as np
+from fastcore.basics import patch
 
-from .view import (ESTIMATORS, PASSES, Bars, Opened, Stage, class_legend, control, figure, image_slider, label_cell, map_cell,
+from ..core import TASK_COLORS
+from .view import (PASSES, UNITS, Bars, Opened, Stage, choices, class_legend, control, figure, image_slider, label_cell, map_cell,
                                     photo_cell, tick)
-from ..look import TASK_COLORS, as_label
+from ..look import as_label
 
 # %% ../../nbs/70_explore.entropy.ipynb #a23855f5
 def pool_order(
@@ -25,7 +28,7 @@ def pool_order(
     if task < 0: return np.arange(len(norm))
     return np.argsort(-norm[:, task], kind='stable') # NaN comes last
 
-# %% ../../nbs/70_explore.entropy.ipynb #3122505a
+# %% ../../nbs/70_explore.entropy.ipynb #6d1a8783
 @dataclass(frozen=True, eq=False)
 class EntropyView:
     "What the explorer shows now"
@@ -40,14 +43,16 @@ class EntropyView:
     raw:tuple        # K scores, nats; None where the pair is labeled
     norm:tuple       # K scores, normalized
     reach:tuple      # lowest and highest of all normalized scores of the round
+    limits:tuple     # lowest and highest raw score of the run
+    unit:str         # of a raw score
 
-# %% ../../nbs/70_explore.entropy.ipynb #8993c8e2
+# %% ../../nbs/70_explore.entropy.ipynb #c9adb733
 def entropy_view(
     run:Opened,
     image:int,               # row of the pool
     round:int,               # whose network
     T:int=10,                # stochastic passes
-    estimator:str='MC dropout', # one of `ESTIMATORS`
+    estimator:str='mc_dropout', # one of `ESTIMATORS` that can be asked, see `Opened.estimators`
     change:bool=False,       # also the maps of the round before
 )->EntropyView:
     "Predictions, entropies and scores of one image of the pool"
@@ -57,16 +62,17 @@ def entropy_view(
     scores, number = run.scores(round), lambda v: tuple(None if np.isnan(x) else float(x) for x in v)
     title = f'<b>image {run.pool.images[image]}</b><br>' + (f'injected: {", ".join(known)}' if known else 'nothing known')
     labels = {t.name: as_label(t, seen.final[t.name], size) for t in run.tasks}
-    return EntropyView(title, np.asarray(run.pool.rgb[image]), run.tasks, labels, seen.maps, look(round - 1).maps if change else {}, run.spans(),
-                       run.values(), number(scores.raw[image]), number(scores.norm[image]), _reach(scores.norm))
+    return EntropyView(title, np.asarray(run.pool.rgb[image]), run.tasks, labels, seen.maps, look(round - 1).maps if change else {},
+                       run.spans(estimator), run.values(), number(scores.raw[image]), number(scores.norm[image]), _reach(scores.norm, 0, 1),
+                       _reach(np.stack([run.scores(r).raw for r in {0, round}]), 0, 0), UNITS[run.reads()])
 
-def _reach(norm:np.ndarray)->tuple:
-    there = norm[np.isfinite(norm)]
-    return (min(0., there.min()), max(1., there.max())) if len(there) else (0., 1.)
+def _reach(v:np.ndarray, low:float, high:float)->tuple: # of all that is there, from `low` or less to `high` or more
+    there = np.append(v[np.isfinite(v)], [low, high])
+    return float(there.min()), float(there.max())
 
-# %% ../../nbs/70_explore.entropy.ipynb #aa75b2e2
+# %% ../../nbs/70_explore.entropy.ipynb #bf31979f
 def _bars(v:EntropyView, scores:tuple, title:str, unit:str, scale:tuple)->Bars:
-    pad = .25*(scale[1] - scale[0]) # for the numbers at the bars
+    pad = .3*(scale[1] - scale[0]) # for the numbers at the bars
     says = tuple('labeled' if s is None else f'{s:.2f}' for s in scores)
     return Bars(title, tuple(t.name for t in v.tasks), tuple(0 if s is None else s for s in scores), says,
                 tuple(TASK_COLORS.get(t.name, '#777') for t in v.tasks), unit, (scale[0] - pad, scale[1] + pad))
@@ -76,9 +82,8 @@ def entropy_picture(
     width:int=250, # pixels of a cell
 )->dict: # of `figure`
     "Predictions and entropies of one image"
-    nats = [s for span in v.spans.values() for s in span]
     first = [photo_cell(v.rgb, v.title), _bars(v, v.norm, 'score of each pair, normalized', 'share of the first round’s range', v.reach),
-             _bars(v, v.raw, 'score of each pair, raw', 'nats', (min(0, *nats), max(nats)))]
+             _bars(v, v.raw, 'score of each pair, raw', v.unit, v.limits)]
     rows = [[first[i] if i < 3 else None, *_cells(v, t)] for i, t in enumerate(v.tasks)]
     rows += [[c] for c in first[len(rows):]]
     shown = [t for t in v.tasks if t.kind == 'categorical']
@@ -92,34 +97,55 @@ def _cells(v:EntropyView, t)->list:
     change, half = m - v.earlier[t.name], (span[1] - span[0])/2
     return [*cells, map_cell(change, f'{t.name}, since the round before: {change.mean():+.2f} nats', 'nats', (-half, half), 'PuOr_r')]
 
-# %% ../../nbs/70_explore.entropy.ipynb #dfb0ff89
+# %% ../../nbs/70_explore.entropy.ipynb #1fdc00d7
 class EntropyExplorer(w.VBox):
     "Image, round, estimator, T and order above the picture of `entropy_view`"
     def __init__(self, run:Opened):
-        self.run = run
+        self.run, self.step, self.picture = run, 1, lru_cache(32)(lambda *asked: entropy_picture(entropy_view(run, *asked)))
         orders = [('as in the pool', -1), *((f'{t.name}, least sure first', k) for k, t in enumerate(run.tasks))]
         self.place = image_slider(len(run.pool))
         self.round = control(w.Dropdown, 'round', 230, options=range(run.last + 1), value=max(run.last - 1, 0))
-        self.estimator = control(w.Dropdown, 'estimator', 230, options=list(ESTIMATORS))
+        self.estimator = control(w.Dropdown, 'estimator', 260, options=choices(run, self.round.value))
         self.T = control(w.SelectionSlider, 'T, passes', 260, options=PASSES, value=10, continuous_update=False)
         self.order = control(w.Dropdown, 'order', 280, options=orders)
         self.change = tick('change since the round before')
         self.status, self.bars = w.HTML(), w.Output()
         self.stage = Stage(lambda: run.folder/'explore'/f'entropy-round{self.round.value}-{run.pool.images[self.image]}.html')
+        self.round.observe(self._offer, 'value')
         for o in (self.place, self.round, self.estimator, self.T, self.order, self.change): o.observe(self._changed, 'value')
         rows = [self.place, self.order, self.round], [self.T, self.estimator, self.change, self.status]
         super().__init__([*map(w.HBox, rows), self.bars, self.stage])
-        self._changed(None)
+        self._changed(dict(owner=None))
 
-    @property
-    def image(self)->int: return int(pool_order(self.run.scores(self.round.value).norm, self.order.value)[self.place.value])
+# %% ../../nbs/70_explore.entropy.ipynb #ccbb7978
+@patch
+def at(self:EntropyExplorer, place:int)->int: # row of the pool
+    "The image at a place of the chosen order"
+    return int(pool_order(self.run.scores(self.round.value).norm, self.order.value)[place])
 
-    def _changed(self, _):
-        self.change.disabled, self.status.value = not self.round.value, 'computing …'
-        with self.bars: # of scores that the run did not write
-            try:
-                change = self.change.value and self.round.value > 0
-                self.stage.show(entropy_picture(entropy_view(self.run, self.image, self.round.value, self.T.value, self.estimator.value, change)))
-                self.status.value = f'{self.place.value + 1} of {len(self.run.pool)}'
-            except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
-        self.bars.clear_output()
+@patch(as_prop=True)
+def image(self:EntropyExplorer)->int: return self.at(self.place.value) # row of the pool
+
+@patch
+def asked(self:EntropyExplorer, place:int)->tuple: # as `entropy_view` takes it
+    "What the controls ask for, at a place of the chosen order"
+    round = self.round.value
+    return self.at(place), round, self.T.value, self.estimator.value, self.change.value and round > 0
+
+@patch
+def _offer(self:EntropyExplorer, change:dict): # the last round of an ensemble has none
+    here = choices(self.run, change['new'])
+    if here != list(self.estimator.options): self.estimator.options = here
+
+@patch
+def _changed(self:EntropyExplorer, change:dict):
+    self.change.disabled, self.T.disabled, self.status.value = not self.round.value, self.estimator.value != 'mc_dropout', 'computing …'
+    if change['owner'] is self.place: self.step = 1 if change['new'] > change['old'] else -1
+    with self.bars: # of scores that the run did not write
+        try:
+            self.stage.show(self.picture(*self.asked(self.place.value)))
+            self.status.value = f'{self.place.value + 1} of {len(self.run.pool)}'
+        except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
+    self.bars.clear_output()
+    next = self.place.value + self.step
+    if 0 <= next < len(self.run.pool): self.stage.ahead(lambda: self.picture(*self.asked(next)))

@@ -6,10 +6,11 @@
 __all__ = ['Told', 'InjectionView', 'injection_view', 'injection_picture', 'numbers_table', 'subset_metrics', 'subsets_picture',
            'InjectionExplorer']
 
-# %% ../../nbs/72_explore.injection.ipynb #92163462
+# %% ../../nbs/72_explore.injection.ipynb #995cd8fc
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations
 
 import ipywidgets as w
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..core import TASK_COLORS
 from ..data.store import Arrays
-from .view import (BARE, ESTIMATORS, PASSES, Opened, Stage, axis_title, class_legend, control, error_cell, error_map, figure,
+from .view import (BARE, PASSES, Opened, Stage, axis_title, class_legend, control, error_cell, error_map, figure,
                                     image_slider, label_cell, map_cell, photo_cell, stack, text_at, tick)
 from ..learner import evaluate
-from ..look import TASK_COLORS, as_label
+from ..look import as_label
 from ..metrics import meter
 from ..model.padnet import PADNet
 
@@ -47,9 +49,9 @@ class InjectionView:
     spans:dict      # task -> (lowest, highest) nats
     values:dict     # task -> (lowest, highest) label
 
-# %% ../../nbs/72_explore.injection.ipynb #62906dd5
+# %% ../../nbs/72_explore.injection.ipynb #50bb7ba2
 def _told(run:Opened, image:int, round:int, inject:tuple, T:int)->dict:
-    seen, found = run.look('test', image, round, inject, T, next(iter(ESTIMATORS))), {}
+    seen, found = run.look('test', image, round, inject, T, run.estimators(round)[0]), {}
     _, labels = run.test.batch([image])
     for t in run.tasks:
         label, m = as_label(t, seen.final[t.name], run.test.rgb.shape[1:3]), meter(t)
@@ -72,7 +74,7 @@ def injection_view(
     inject = tuple(n for n in k if n in inject)
     truth = {t.name: np.asarray(run.test.labels[t.name][image]) for t in run.tasks}
     return InjectionView(f'test image {run.test.images[image]}', np.asarray(run.test.rgb[image]), run.tasks, truth, _told(run, image, round, (), T),
-                         _told(run, image, round, inject, T), inject, run.spans(), run.values())
+                         _told(run, image, round, inject, T), inject, run.spans(run.estimators(round)[0]), run.values())
 
 # %% ../../nbs/72_explore.injection.ipynb #c68a904c
 def injection_picture(
@@ -160,15 +162,15 @@ def subsets_picture(
         notes.append(text_at(f'<b>{t.name}</b>', w1*i + 62/wide, 1 - 50/H))
     return dict(data=data, layout=dict(BARE, **axes, annotations=notes, width=wide, height=H, showlegend=False))
 
-# %% ../../nbs/72_explore.injection.ipynb #b14af25a
+# %% ../../nbs/72_explore.injection.ipynb #032cab9a
 class InjectionExplorer(w.VBox):
     "Tick true modalities of a test image, and measure all sets of them over many"
     def __init__(self, run:Opened):
-        self.run = run
+        self.run, self.step, self.picture = run, 1, lru_cache(32)(self._picture)
         self.place = image_slider(len(run.test))
         self.round = control(w.Dropdown, 'round', 200, options=range(run.last + 1), value=run.last)
         self.T = control(w.SelectionSlider, 'T, passes', 260, options=PASSES, value=10, continuous_update=False)
-        self.told = {t.name: tick(f'true {t.name}', 130) for t in run.tasks}
+        self.told = {t.name: tick(f'the true {t.name}', 150) for t in run.tasks}
         self.numbers, self.status = w.HTML(), w.HTML()
         self.stage = Stage(lambda: run.folder/'explore'/f'injection-round{self.round.value}-{run.test.images[self.place.value]}.html')
         self.n = control(w.IntSlider, 'test images', 400, 90, value=min(20, len(run.test)), min=1, max=len(run.test))
@@ -177,23 +179,35 @@ class InjectionExplorer(w.VBox):
         self.measured = ()
         for o in (self.place, self.round, self.T, *self.told.values()): o.observe(self._changed, 'value')
         self.measure.on_click(self._measure)
-        rows = [self.place, self.round, self.T], [w.HTML('tell the network the'), *self.told.values(), self.status], [self.n, self.measure, self.bar]
-        top, told, all_sets = map(w.HBox, rows)
-        super().__init__([top, told, all_sets, self.numbers, self.stage])
-        self._changed(None)
+        tell = w.Label('tell the network', layout=w.Layout(margin='2px 2px 2px 10px'))
+        rows = [self.place, self.round, self.T], [tell, *self.told.values(), self.status], [self.n, self.measure, self.bar]
+        super().__init__([*map(w.HBox, rows), self.numbers, self.stage])
+        self._changed(dict(owner=None))
 
-# %% ../../nbs/72_explore.injection.ipynb #1b8bc499
+# %% ../../nbs/72_explore.injection.ipynb #040363ac
 @patch
-def _changed(self:InjectionExplorer, _):
-    inject = tuple(name for name, box in self.told.items() if box.value)
+def _picture(self:InjectionExplorer, *asked)->tuple[dict, str]:
+    view = injection_view(self.run, *asked)
+    return injection_picture(view), numbers_table(view)
+
+@patch
+def asked(self:InjectionExplorer, place:int)->tuple: # as `injection_view` takes it
+    "What the controls ask for, of a test image"
+    return place, self.round.value, tuple(name for name, box in self.told.items() if box.value), self.T.value
+
+@patch
+def _changed(self:InjectionExplorer, change:dict):
+    if change['owner'] is self.place: self.step = 1 if change['new'] > change['old'] else -1
     self.status.value = 'computing …'
     try:
-        view = injection_view(self.run, self.place.value, self.round.value, inject, self.T.value)
-        fig = injection_picture(view)
+        fig, numbers = self.picture(*self.asked(self.place.value))
         self.stage.show(stack(fig, subsets_picture(*self.measured)) if self.measured else fig)
-        self.numbers.value, self.status.value = numbers_table(view), ''
+        self.numbers.value, self.status.value = numbers, ''
     except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
+    next = self.place.value + self.step
+    if 0 <= next < len(self.run.test): self.stage.ahead(lambda: self.picture(*self.asked(next)))
 
+# %% ../../nbs/72_explore.injection.ipynb #83f80a67
 @patch
 def _measure(self:InjectionExplorer, _):
     self.bar.value, self.bar.layout.visibility, self.measure.disabled = 0, 'visible', True
@@ -203,6 +217,6 @@ def _measure(self:InjectionExplorer, _):
             measured.append(one)
             self.bar.value += 1
         self.measured = measured, self.run.tasks, self.n.value
-        self._changed(None)
+        self._changed(dict(owner=None))
     except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
     finally: self.bar.layout.visibility, self.measure.disabled = 'hidden', False

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'NEEDS', 'Pool', 'Scores', 'Picks', 'top_pairs', 'top_images', 'strategy', 'get_strategy', 'partal',
            'partal_raw', 'rank_sum', 'rbal', 'random_images', 'random_pairs', 'bald_pairs', 'inconsistency',
-           'partal_floor', 'learning_loss', 'coreset', 'select']
+           'partal_floor', 'learning_loss', 'true_error', 'coreset', 'select']
 
 # %% ../../nbs/50_select.strategy.ipynb #db297039
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def _reached(value:np.ndarray, open:np.ndarray, budget:int)->float:
     rank = int(share + 6*np.sqrt(share) + 10)
     return -np.inf if rank >= len(sample) else np.partition(sample, -rank)[-rank]
 
-# %% ../../nbs/50_select.strategy.ipynb #6e6fa908
+# %% ../../nbs/50_select.strategy.ipynb #04b4a1ab
 def top_pairs(
     value:np.ndarray, # (N, K) float, higher is better; read only where a pair is open
     pool:Pool,
@@ -126,11 +126,11 @@ def top_images(
     image = order[row[:budget]]
     return Picks(np.stack([image, task[:budget]], 1), value[image])
 
-# %% ../../nbs/50_select.strategy.ipynb #ad2d4753
+# %% ../../nbs/50_select.strategy.ipynb #7e44a539
 STRATEGIES:dict[str, Callable] = {}
 NEEDS = dict(entropy="the estimator's entropy of each pair", disagreement="the estimator's passes' disagreement on each pair",
              inconsistency="first guess against final prediction of each pair, no passes", loss="the loss head's word on each image",
-             features="where each image lies in feature space")
+             features="where each image lies in feature space", error="the true error of each pair, which only an oracle knows")
 
 def strategy(
     name:str, # what `RunConfig.strategy` will say
@@ -162,16 +162,19 @@ def partal_raw(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)->P
     "The pairs with the largest score as it is, in nats"
     return top_pairs(scores.raw, pool, budget, rng)
 
-# %% ../../nbs/50_select.strategy.ipynb #f0b33877
+# %% ../../nbs/50_select.strategy.ipynb #fc9bde27
 def rank_sum(
     score:np.ndarray, # (N, K) float
     pool:Pool,
 )->np.ndarray: # (N,), the higher the less sure
     "Sum over tasks of the rank of an image among those with an open pair of that task"
+    return _ranks(score, pool).sum(1)
+
+def _ranks(score:np.ndarray, pool:Pool)->np.ndarray: # (N, K), 0 where not open
     _check_values(score, pool)
     ranks = np.zeros(pool.open.shape)
     for k, open in enumerate(pool.open.T): ranks[open, k] = rankdata(score[open, k])
-    return ranks.sum(1)
+    return ranks
 
 @strategy('rbal')
 def rbal(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)->Picks:
@@ -218,6 +221,12 @@ def partal_floor(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)-
 def learning_loss(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)->Picks:
     "All open pairs of the images with the largest foretold loss"
     return top_images(np.where(pool.open, scores.raw, -np.inf).max(1), pool, budget, rng)
+
+# %% ../../nbs/50_select.strategy.ipynb #4e419ebb
+@strategy('true_error', needs='error')
+def true_error(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)->Picks:
+    "The pairs that the network gets most wrong, ranked within each task; for research, since it reads the labels"
+    return top_pairs(_ranks(scores.raw, pool)/np.maximum(pool.open.sum(0), 1), pool, budget, rng)
 
 # %% ../../nbs/50_select.strategy.ipynb #c9b68bdd
 @strategy('coreset', needs='features')
