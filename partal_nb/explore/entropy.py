@@ -124,7 +124,9 @@ def at(self:EntropyExplorer, place:int)->int: # row of the pool
     return int(pool_order(self.run.scores(self.round.value).norm, self.order.value)[place])
 
 @patch(as_prop=True)
-def image(self:EntropyExplorer)->int: return self.at(self.place.value) # row of the pool
+def image(self:EntropyExplorer)->int: # row of the pool
+    "The image that is looked at"
+    return self.at(self.place.value)
 
 @patch
 def asked(self:EntropyExplorer, place:int)->tuple: # as `entropy_view` takes it
