@@ -170,13 +170,18 @@ def _check_money(config:RunConfig, images:list, tasks:tuple, available:np.ndarra
 def _scored(config:RunConfig)->bool: # False: pairs need no score
     return get_strategy(config.strategy).needs not in (None, 'features') or config.pseudo > 0
 
+def _check_passes(config:RunConfig):
+    read = get_strategy(config.strategy).needs in ('entropy', 'disagreement') and config.rounds or 'quality' in config.also
+    if read and config.estimator == 'mc_dropout' and not config.dropout:
+        raise ValueError("config dropout: with 0 all passes of 'mc_dropout' are equal and say nothing; use a rate above 0, or another estimator")
+
 def check_run(
     config:RunConfig,   # all that decides the result
     folder,             # of the run
     progress:bool=True, # show a bar if rooms have to be rendered
 ):
     "Refuse a run that could not be finished, or not in this folder"
-    get_strategy(config.strategy)
+    _check_passes(config)
     pick_device(config.device)
     Encoder(config.encoder, pretrained=False)
     store, folder = _open_store(config, progress), Path(folder)
