@@ -299,7 +299,7 @@ def length_note(
     "What the training length was counted in, and how far apart the strategies are in it"
     c, steps = runs[0].config, training_length(runs).iloc[:, 1:]
     text = f"Every round was trained for {c['train_for']} {c['train_by']}."
-    if steps.isna().all(axis=None): return text + ' The journals do not say how many steps that was.'
+    if steps.size and steps.isna().all(axis=None): return text + ' The journals do not say how many steps that was.'
     if steps.shape[1] == 0 or (most := (steps.max()/steps.min()).max()) < 1.005: return text + ' All strategies took equally many steps.'
     mean = steps.mean(axis=1)
     return (f"{text} That was up to {most:.2f} times as many optimizer steps for one strategy as for another in the same round (most: "
