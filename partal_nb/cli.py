@@ -235,10 +235,12 @@ def check(
 def report(
     runs:Annotated[list[Path], typer.Argument(help="Run folders, and folders of run folders, in any number.")],
     out:Annotated[Path, typer.Option(help="HTML page to write.")]=Path('report.html'),
+    ours:Annotated[str, typer.Option(help="Strategy that the others are tested against.")]='partal',
+    baseline:Annotated[str, typer.Option(help="Strategy whose last quality the others have to reach.")]='random',
 ):
     "Compare runs: curves, tests, purchases and tables as one HTML page."
     from partal_nb.page import write_report
-    with plain_errors(): typer.echo(write_report(runs, out))
+    with plain_errors(): typer.echo(write_report(runs, out, ours, baseline))
 
 # %% ../nbs/90_cli.ipynb #d4ed6229
 InProject = Annotated[Path, typer.Option('--project', '-p', help="Folder of the project.")]

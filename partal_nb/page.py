@@ -188,10 +188,14 @@ def write_report(
     "Curves, tables, tests, purchases and time of some runs as a page"
     places = list(places)
     study = read_study(run_folders(places))
+    for who, usual in ((ours, 'partal'), (baseline, 'random')):
+        if who not in (usual, *(r.strategy for r in study.runs)):
+            raise ValueError(f"no run of strategy {who!r} here; there are {sorted({r.strategy for r in study.runs})}")
     parts = [p for f in (_curves, _results, _all_tasks) for p in f(study)]
     parts += _beside_paper(study, ours) + _tests(study, ours, baseline) + _where(study)
     title = f'partal_nb: {len(study.runs)} run{"s"*(len(study.runs) > 1)}'
-    made = shlex.join(['partal', 'report', *map(str, places), '--out', str(path)])
+    told = ['--ours', ours]*(ours != 'partal') + ['--baseline', baseline]*(baseline != 'random')
+    made = shlex.join(['partal', 'report', *map(str, places), '--out', str(path), *told])
     from plotly.offline import get_plotlyjs
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{title}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{title}</h1>'
