@@ -167,6 +167,12 @@ def _where(study:Study)->list[Part]:
     return [*parts, Part('Training length', f'Optimizer steps of each round, mean over seeds. {length_note(runs)}', table=training_length(runs)),
             Part('Time', 'Seconds of each round, mean over seeds.', each(timing), data=seconds)]
 
+# %% ../nbs/84_page.ipynb #150ee6ac
+def _check_ran(study:Study, ours:str, baseline:str): # the usual two may be missing
+    for who, usual in ((ours, 'partal'), (baseline, 'random')):
+        if who not in (usual, *(r.strategy for r in study.runs)):
+            raise ValueError(f"no run of strategy {who!r} here; there are {sorted({r.strategy for r in study.runs})}")
+
 # %% ../nbs/84_page.ipynb #9bf5d374
 _STYLE = """body{font:16px/1.5 sans-serif;max-width:1240px;margin:1.5em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}p{max-width:75ch}
@@ -188,9 +194,7 @@ def write_report(
     "Curves, tables, tests, purchases and time of some runs as a page"
     places = list(places)
     study = read_study(run_folders(places))
-    for who, usual in ((ours, 'partal'), (baseline, 'random')):
-        if who not in (usual, *(r.strategy for r in study.runs)):
-            raise ValueError(f"no run of strategy {who!r} here; there are {sorted({r.strategy for r in study.runs})}")
+    _check_ran(study, ours, baseline)
     parts = [p for f in (_curves, _results, _all_tasks) for p in f(study)]
     parts += _beside_paper(study, ours) + _tests(study, ours, baseline) + _where(study)
     title = f'partal_nb: {len(study.runs)} run{"s"*(len(study.runs) > 1)}'
