@@ -173,6 +173,10 @@ def _check_ran(study:Study, ours:str, baseline:str): # the usual two may be miss
         if who not in (usual, *(r.strategy for r in study.runs)):
             raise ValueError(f"no run of strategy {who!r} here; there are {sorted({r.strategy for r in study.runs})}")
 
+def _made_by(runs:Iterable[Run])->str:
+    return ''.join(f'<li>{html.escape(r.name)}: {html.escape(r.strategy)}, seed {r.seed}, on {html.escape(r.data["name"])}'
+                   + (f'<br><code>{html.escape(r.command)}</code>' if r.command else '') + '</li>' for r in runs)
+
 # %% ../nbs/84_page.ipynb #9bf5d374
 _STYLE = """body{font:16px/1.5 sans-serif;max-width:1240px;margin:1.5em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}p{max-width:75ch}
@@ -180,10 +184,6 @@ table{border-collapse:collapse;font-size:.85em}td,th{padding:.25em .7em;border-b
 .wide{overflow-x:auto}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:.5em}.figure{min-width:0;height:400px}
 a.data{font-size:.85em;margin-right:1em}code{font-size:.8em;background:#f3f3f3;overflow-wrap:anywhere}li{margin:.4em 0}"""
-
-def _made_by(runs:Iterable[Run])->str:
-    return ''.join(f'<li>{html.escape(r.name)}: {html.escape(r.strategy)}, seed {r.seed}, on {html.escape(r.data["name"])}'
-                   + (f'<br><code>{html.escape(r.command)}</code>' if r.command else '') + '</li>' for r in runs)
 
 def write_report(
     places:Iterable,        # run folders, or folders of run folders; references among them
