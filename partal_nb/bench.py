@@ -55,7 +55,7 @@ def interleave(
     ways:dict[str, Callable], # name -> what to time
     turns:int,                # how often each is called
     warm:bool=True,           # call each once before
-    clock:Callable=time.perf_counter,
+    clock:Callable=time.perf_counter, # seconds
 )->dict[str, list[float]]: # name -> seconds of each turn
     "Time several ways in turns, each turn beginning with another one"
     names = list(ways)
@@ -95,13 +95,17 @@ class Line:
     measure:Callable # of `quick` -> what `compare` gives
 
     @property
-    def must(self)->str: return f'≥ {self.least:g}' if self.most is None else f'≤ {self.most:g}'
-    def reached(self, ratio:float)->bool: return ratio >= self.least if self.most is None else ratio <= self.most
+    def must(self)->str: return f'≥ {self.least:g}' if self.most is None else f'≤ {self.most:g}' # what its number must be, for people
+    def reached(self, ratio:float)->bool: return ratio >= self.least if self.most is None else ratio <= self.most # is the number as it must be
 
 LINES:dict[str, Line] = {}
 
 def line(
-    name:str, of:str, least:float|None=None, most:float|None=None, needs:tuple[str, ...]=(),
+    name:str,                 # by which it is asked for
+    of:str,                   # as in `Line`, and so the rest
+    least:float|None=None,    # give this,
+    most:float|None=None,     # or this
+    needs:tuple[str, ...]=(), # nothing, mostly
 )->Callable: # decorator of a function of `quick`
     "Make a line known under `name`"
     if (least is None) == (most is None): raise ValueError(f"line {name!r}: expected a least or a most number, one of them")

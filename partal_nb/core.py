@@ -50,9 +50,9 @@ class Task:
         _check_task(self)
 
     @property
-    def lower_is_better(self)->bool: return self.metric in LOWER_IS_BETTER
+    def lower_is_better(self)->bool: return self.metric in LOWER_IS_BETTER # is a smaller value of the metric better
     @property
-    def label_channels(self)->int: return self.channels if self.kind == 'regression' else 1
+    def label_channels(self)->int: return self.channels if self.kind == 'regression' else 1 # C of a label; `channels` are the network's
 
 # %% ../nbs/00_core.ipynb #2bf5221c
 def _check_task(t:Task):

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import textwrap
 import uuid
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.util import resolve_name
 from inspect import Parameter, getdoc, getsourcelines, isclass, isfunction, signature, unwrap
@@ -71,15 +72,16 @@ def parameters(
     thing, # a function or a class
 )->str: # a markdown table; '' if there is nothing to say
     "What goes in and what comes out: each parameter's type, default and comment"
-    says, rows = docments(thing), []
+    heirs = [c for c in thing.__mro__[-2::-1] if is_dataclass(c)] if isclass(thing) else [] # a field is described where it is written
+    says, rows = {k: v for c in heirs or [thing] for k, v in docments(c).items() if v}, []
     for name, p in signature(thing).parameters.items():
         if name in ('self', 'cls'): continue
         default = '' if p.default is Parameter.empty else "`''`" if isinstance(p.default, str) and not p.default else f'`{_cell(p.default)}`' \
             if len(repr(p.default)) < 40 else '…'
         notes = [n.help for n in getattr(p.annotation, '__metadata__', ()) if getattr(n, 'help', '')] # where typer wants them
-        kind = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(p.kind, '')
+        kind = {Parameter.VAR_POSITIONAL: r'\*', Parameter.VAR_KEYWORD: r'\*\*'}.get(p.kind, '')
         of = f'`{_cell(_of(p.annotation))}`' if _of(p.annotation) else ''
-        rows.append((f'`{kind}{name}`', of, default, _cell(says.get(name) or ' '.join(notes))))
+        rows.append((f'<code>{kind}{name}</code>', of, default, _cell(says.get(name) or ' '.join(notes))))
     if isfunction(thing) and says.get('return'):
         rows.append(('**gives**', f'`{_cell(_of(signature(thing).return_annotation))}`', '', _cell(says['return'])))
     return _options(('parameter', 'type', 'default', 'what it is'), rows)
@@ -110,7 +112,8 @@ def _methods(cls)->str:
     own = {k: unwrap(v.fget if isinstance(v, property) else getattr(v, '__func__', v)) for k, v in vars(cls).items() if not k.startswith('_')}
     call = lambda k: '' if isinstance(vars(cls)[k], property) else '()'
     at = lambda k: f'<span id="{cls.__name__}.{k}"></span>'.lower()
-    rows = [f'| {at(k)}`{k}{call(k)}` | {_cell((v.__doc__ or "").split(chr(10))[0])} |' for k, v in own.items() if isfunction(v)]
+    says = lambda k, v: (getdoc(getattr(cls, k)) or docments(v).get('return') or '').split('\n')[0] # a short one is told by what it gives
+    rows = [f'| {at(k)}<code>{k}{call(k)}</code> | {_cell(says(k, v))} |' for k, v in own.items() if isfunction(v)]
     return '\n'.join(['| of each instance | what it is |', '| :-- | :-- |', *rows]) if rows else ''
 
 # %% ../nbs/95_docs.ipynb #4d3c71c0

@@ -86,4 +86,4 @@ class Steps:
         return self.done[name]['result']
 
     @property
-    def seconds(self)->dict[str, float]: return {name: d['seconds'] for name, d in self.done.items()}
+    def seconds(self)->dict[str, float]: return {name: d['seconds'] for name, d in self.done.items()} # that each step took

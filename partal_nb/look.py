@@ -69,14 +69,17 @@ def prediction_panel(
     x, (H, W) = rgb.to(device).float()/255, rgb.shape[-2:]
     with torch.no_grad(): final = model.eval()(x).final
     maps = {k: v.cpu().numpy() for k, v in entropy_maps(model, x, T).items()}
-    fig, axes = plt.subplots(len(index), 1 + 3*len(arrays.tasks), squeeze=False, layout='constrained',
-                             figsize=(size*(1 + 3*len(arrays.tasks)), (size*H/W + .04)*len(index) + .4))
-    for row, n in enumerate(index):
-        cells = [(rgb[row].movedim(0, -1).numpy(), 'image', {})]
-        for t in arrays.tasks: cells += _task_cells(t, arrays.labels[t.name][n], final[t.name][row], maps[t.name], row, (H, W))
-        for ax, (picture, title, kw) in zip(axes[row], cells): _draw(ax, picture, title if row == 0 else '', **kw)
+    rows = len(index)*len(arrays.tasks)
+    fig, axes = plt.subplots(rows, 4, squeeze=False, layout='constrained', figsize=(4*size, (size*H/W + .25)*rows))
+    for i, (n, block) in enumerate(zip(index, np.split(axes, len(index)))):
+        for t, row in zip(arrays.tasks, block):
+            cells = _task_cells(t, arrays.labels[t.name][n], final[t.name][i], maps[t.name], i, (H, W))
+            for ax, (picture, title, kw) in zip(row[1:], cells): _draw(ax, picture, title, **kw)
+        _draw(block[0, 0], rgb[i].movedim(0, -1).numpy(), 'image')
+        for ax in block[1:, 0]: ax.axis('off')
     return fig
 
+# %% ../nbs/65_look.ipynb #7be0c1a2
 def _task_cells(t:Task, truth, raw, maps, row:int, size):
     scale, text = _scale(maps)
     return [(paint(t, truth), t.name, {}), (paint(t, as_label(t, raw, size)), f'{t.name}, predicted', {}), (maps[row], text, scale)]

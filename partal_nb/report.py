@@ -33,9 +33,9 @@ class Run:
     command:str=''         # that made it
 
     @property
-    def strategy(self)->str: return self.config['strategy']
+    def strategy(self)->str: return self.config['strategy'] # its name
     @property
-    def seed(self)->int: return self.config['seed']
+    def seed(self)->int: return self.config['seed'] # of the configuration
 
 def read_run(
     folder, # of a run, finished or not
@@ -126,7 +126,7 @@ class Study:
     single:list[Run] # one task, all its labels
 
     @property
-    def tasks(self)->tuple[Task, ...]: return self.runs[0].tasks
+    def tasks(self)->tuple[Task, ...]: return self.runs[0].tasks # of all runs
     @property
     def table(self)->pd.DataFrame: return tidy(self.runs) # with `COLUMNS`
 

@@ -152,7 +152,7 @@ class Job:
     process:subprocess.Popen|None=None
 
     @property
-    def name(self)->str: return self.folder.name
+    def name(self)->str: return self.folder.name # of its folder
     @property
     def log(self)->Path: return self.folder.with_name(f'{self.name}.log') # what it printed, if it failed
     @property

@@ -70,7 +70,7 @@ class Paint:
     color:tuple # (r, g, b), 0 to 255
 
     @property
-    def hex(self)->str: return '#' + bytes(self.color).hex()
+    def hex(self)->str: return '#' + bytes(self.color).hex() # `#rrggbb`
 
 def voc_colors()->np.ndarray: # (256, 3) uint8
     "PASCAL VOC's colors: the bits of the index, dealt out to red, green and blue from the highest bit down"

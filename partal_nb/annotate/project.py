@@ -84,12 +84,12 @@ class Project:
     per_price:bool=True   # money is spent by score per price rather than along the ranking
 
     def __post_init__(self): _check_project(self)
-    def ledger(self)->Ledger: return Ledger(self.folder/'ledger.db', self.images, self.tasks)
-    def file(self, name:str, r:int)->Path: return self.folder/name.format(f'{r:03}')
+    def ledger(self)->Ledger: return Ledger(self.folder/'ledger.db', self.images, self.tasks) # opened
+    def file(self, name:str, r:int)->Path: return self.folder/name.format(f'{r:03}') # of batch `r`
     def label_file(self, image:str, task:str, sha256:str)->Path:
         suffix = '.png' if _layout(self.task(task))['suffix'] == '.png' else '.npy'
         return inside(self.folder, f'labels/{task}/{image}-{sha256[:16]}{suffix}')
-    def task(self, name:str)->Task: return next(t for t in self.tasks if t.name == name)
+    def task(self, name:str)->Task: return next(t for t in self.tasks if t.name == name) # of this name
 
     def held(self, ledger:Ledger)->np.ndarray: # (N,) bool
         "Every so-manieth image in the order in which they got their first label: decided then, and for good"
@@ -703,7 +703,7 @@ class Hint:
     says:str
 
     @property
-    def stop(self)->bool: return self.gain is not None and self.gain < self.least
+    def stop(self)->bool: return self.gain is not None and self.gain < self.least # does money bring too little
 
 def stopping_hint(
     points:pd.DataFrame, # as `curve` gives them

@@ -130,7 +130,7 @@ class Form:
     derived:tuple=()       # tasks whose labels nobody annotated
 
     @property
-    def folders(self)->list[str]: return [str(Path(f).parent) for p in self.places for f in p.files.split()]
+    def folders(self)->list[str]: return [str(Path(f).parent) for p in self.places for f in p.files.split()] # that hold labels
     @property
     def looks_like(self)->str: return f"a folder with {Path(self.images).parent}/ and any of {', '.join(f'{f}/' for f in self.folders)}"
 
@@ -241,7 +241,7 @@ class Folder:
         split, stem = id.split('_', 1) if '{split}' in pattern else ('', id)
         return self._files[task].get(id) or inside(self.path, pattern.format(split=split, id=stem))
 
-    def has(self, id:str, task:str)->bool: return self.file(id, task).is_file()
+    def has(self, id:str, task:str)->bool: return self.file(id, task).is_file() # is there a label
 
     def ids(self, task:str)->list[str]: return list(self._files[task]) # images that have a file of `task`, or `rgb`
 

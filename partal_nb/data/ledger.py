@@ -85,7 +85,9 @@ class Ledger:
         self._row = {image:n for n, image in enumerate(self.images)}
         self._col = {t.name:k for k, t in enumerate(self.tasks)}
 
-    def close(self): self.db.close()
+    def close(self):
+        "Give the file back; `with` does it, too"
+        self.db.close()
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 

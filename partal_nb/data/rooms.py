@@ -28,13 +28,14 @@ class Camera(NamedTuple):
 
     @classmethod
     def looking(cls, at, target, fov, roll=0.):
+        "A camera at `at` that looks toward `target`"
         toward = np.asarray(at, float) - target
         toward /= np.linalg.norm(toward)
         right = np.cross((math.sin(roll), math.cos(roll), 0), toward)
         right /= np.linalg.norm(right)
         return cls(np.asarray(at, float), np.stack([right, np.cross(toward, right), toward]), fov)
 
-    def focal(self, width:int)->float: return width/2/math.tan(self.fov/2)
+    def focal(self, width:int)->float: return width/2/math.tan(self.fov/2) # focal length, pixels
 
 # %% ../../nbs/10_data.rooms.ipynb #ae1c7940
 def camera_rays(

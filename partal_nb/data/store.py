@@ -187,7 +187,7 @@ class Store:
         if task not in self.files: raise KeyError(f"no task {task!r} in {self.name}; there are {list(self.tasks)}")
         return inside(self.path, f"{task}/{id}{self.files[task]['suffix']}")
 
-    def has(self, id:str, task:str)->bool: return self.file(id, task).is_file()
+    def has(self, id:str, task:str)->bool: return self.file(id, task).is_file() # is there a label
 
     def ids(self, task:str)->list[str]: # images that have a file of `task`, or `rgb`
         return sorted(n.removesuffix(self.files[task]['suffix']) for n in _names(self.path/task))

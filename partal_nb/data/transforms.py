@@ -25,9 +25,9 @@ class Moves:
     angle:np.ndarray # (B,) radians, counterclockwise as one looks at the picture
 
     @property
-    def only_flip(self)->bool: return bool((self.zoom == 1).all() and (self.angle == 0).all())
+    def only_flip(self)->bool: return bool((self.zoom == 1).all() and (self.angle == 0).all()) # so every pixel stays what it was
     @property
-    def stays_inside(self)->bool: return bool((self.zoom >= 1).all() and (self.angle == 0).all())
+    def stays_inside(self)->bool: return bool((self.zoom >= 1).all() and (self.angle == 0).all()) # so no pixel comes from outside of the image
 
 AUGMENTS = ('nyuv2', 'pascal', 'flip', 'none')
 

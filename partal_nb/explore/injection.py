@@ -148,16 +148,18 @@ def subsets_picture(
         sizes = sorted({len(told) for told, _ in own})
         mean = [float(np.mean([v for told, v in own if len(told) == s])) for s in sizes]
         names = [' + '.join(told) or 'nothing' for told, _ in own]
+        beside, across = [mean[:2][-1], *mean[1:-1], mean[-2:][0]], ['right', *['center']*(len(sizes) - 2), 'left'] # names keep off the line
+        low, high = (f(v for _, v in own) for f in (min, max))
         color, at = TASK_COLORS.get(t.name, '#777'), dict(xaxis=f'x{i + 1}', yaxis=f'y{i + 1}')
         data += [dict(at, type='scatter', mode='lines', x=sizes, y=mean, line=dict(color='#bbb', width=2), hoverinfo='skip'),
                  dict(at, type='scatter', mode='markers+text' if len(tasks) < 4 else 'markers', x=[len(told) for told, _ in own],
                       y=[v for _, v in own], text=names, cliponaxis=False,
-                      textposition=[f'middle {"right" if len(told) < len(tasks) - 1 else "left"}' for told, _ in own],
+                      textposition=[f'{"top" if v >= beside[len(told)] else "bottom"} {across[len(told)]}' for told, v in own],
                       marker=dict(color=color, size=9), textfont=dict(size=11), hovertemplate='given %{text}: %{y:.2f}<extra></extra>')]
         unit, better = (t.unit, '↓') if t.lower_is_better else ('%', '↑')
         axes |= {f'xaxis{i + 1}': dict(domain=[w1*i + 62/wide, w1*(i + 1) - 20/wide], anchor=f'y{i + 1}', dtick=1, range=[-.2, len(tasks) - .8],
                                        title=axis_title('true modalities'), zeroline=False),
-                 f'yaxis{i + 1}': dict(domain=[48/H, 1 - 54/H], anchor=f'x{i + 1}', zeroline=False,
+                 f'yaxis{i + 1}': dict(domain=[48/H, 1 - 54/H], anchor=f'x{i + 1}', zeroline=False, range=[1.15*low - .15*high, 1.15*high - .15*low],
                                        title=axis_title(f'{t.metric}, {unit} {better}'))}
         notes.append(text_at(f'<b>{t.name}</b>', w1*i + 62/wide, 1 - 50/H))
     return dict(data=data, layout=dict(BARE, **axes, annotations=notes, width=wide, height=H, showlegend=False))

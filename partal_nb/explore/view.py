@@ -78,7 +78,7 @@ class Opened:
         self.since, self.values = lru_cache(1)(self._since), lru_cache(1)(self._values)
 
     @property
-    def tasks(self)->tuple[Task, ...]: return self.pool.tasks
+    def tasks(self)->tuple[Task, ...]: return self.pool.tasks # K
     @property
     def last(self)->int: return len(self.rounds) - 1 # the last finished round
 

@@ -55,7 +55,7 @@ class Picks:
     score:np.ndarray # (M,) float, the value they were ranked by
 
     def __len__(self): return len(self.index)
-    def pairs(self, pool:Pool)->list[Pair]: return [Pair(pool.images[n], pool.tasks[k].name) for n, k in self.index]
+    def pairs(self, pool:Pool)->list[Pair]: return [Pair(pool.images[n], pool.tasks[k].name) for n, k in self.index] # by name, best first
 
 # %% ../../nbs/50_select.strategy.ipynb #5de2a591
 def _check_budget(pool, budget):
