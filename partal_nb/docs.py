@@ -292,7 +292,9 @@ def sidebar(
 )->dict: # as sidebar.yml has it
     "Results, words, errors, tutorials, explanations, the modules in the order of their numbers, and how to cite"
     pages = lambda files: sorted(p.relative_to(nbs).as_posix() for p in nbs.glob(files))
-    parts = {'Tutorials': pages('tutorials/*.ipynb'), 'Explanations': pages('explain/*.ipynb'), 'Reference': ['commands.qmd', *pages('[0-9]*.ipynb')]}
+    first = lambda page: page != 'tutorials/first_run.ipynb'
+    parts = {'Tutorials': sorted(pages('tutorials/*.ipynb'), key=first), 'Explanations': pages('explain/*.ipynb'),
+             'Reference': ['commands.qmd', *pages('[0-9]*.ipynb')]}
     sections = (dict(section=k, contents=v) for k, v in parts.items())
     contents = ['index.qmd', 'results.ipynb', 'glossary.ipynb', 'errors.ipynb', *sections, 'cite.qmd']
     return dict(website=dict(sidebar=dict(contents=contents)))
