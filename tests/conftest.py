@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault('OMP_NUM_THREADS', '1') # before torch: tests fork, and a child would wait for the threads that stayed behind
+
 import pytest
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
