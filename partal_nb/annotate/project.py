@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def open_project(
 def _source(data, tasks:tuple):
     "The images, and the labels that are there"
     from partal_nb.data.folders import Folder, Form, Place
-    from partal_nb.data.prepare import detect, open_source
+    from partal_nb.data.prepare import open_source
     from partal_nb.data.store import INDEX
     path = Path(data)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; expected images")
