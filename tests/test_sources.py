@@ -1,5 +1,6 @@
 "Real samples through reader, store, cache and one training step, and what a kill, a full disk and two processes at once do to them"
 import errno
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from partal_nb.data.folders import FORMS, INDOOR, Folder, merged_parts, read_fol
 from partal_nb.data.prepare import check, detect, open_data, open_source
 from partal_nb.data.rooms import ROOM_TASKS, render_room, room_scene
 from partal_nb.data.sources import NYU40, edges_from_ids, normals_from_depth, prepare_rooms
-from partal_nb.data.store import Store, load_arrays, verify, write_store
+from partal_nb.data.store import INDEX, PLAN, Store, load_arrays, verify, write_store
 from partal_nb.data.transforms import Moves, augment, move
 from partal_nb.learner import train_step
 from partal_nb.losses import total_loss
@@ -362,6 +363,22 @@ def test_two_processes_at_once(tmp_path):
     assert [p.returncode for p in both] == [0, 0], outs
     assert outs[0][0] == outs[1][0]
     assert not [p for p in tmp_path.rglob('*.part')] and verify(Store(tmp_path/'shared')) == []
+
+@pytest.mark.parametrize('moment', ['writes its plan', 'has written its plan', 'has ended'])
+def test_another_process_begins_or_ends_in_between(tmp_path, monkeypatch, moment):
+    path, there, iterdir = tmp_path/'rooms', tmp_path/'there', Path.iterdir
+    rooms(there)
+    index = json.loads((there/INDEX).read_text())
+    def other(folder): # what the other process does right after our look at the folder
+        found = list(iterdir(folder))
+        if folder == path and moment == 'has written its plan': (path/'..preparing.json.99.part').rename(path/PLAN)
+        if folder == path and moment == 'has ended': shutil.copytree(there, path, dirs_exist_ok=True); (path/PLAN).unlink()
+        return iter(found)
+    path.mkdir()
+    (path/(PLAN if moment == 'has ended' else '..preparing.json.99.part')).write_text(json.dumps(index))
+    monkeypatch.setattr(Path, 'iterdir', other)
+    assert rooms(path).fingerprint == Store(there).fingerprint
+    assert not (path/PLAN).exists()
 
 def test_a_full_disk_while_the_cache_is_made(tmp_path, monkeypatch):
     s = rooms(tmp_path/'rooms')

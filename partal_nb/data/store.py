@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterable
@@ -267,19 +268,23 @@ def _census(folder:Path)->dict: # how many files, and a checksum of their names 
     return dict(count=len(names), sha256=digest.hexdigest())
 
 # %% ../../nbs/11_data.store.ipynb #ac8c275b
+def _begun(path:Path)->tuple[str, dict]|None: # `PLAN` or `INDEX`, and what it says
+    "A process that ends writes the index, then removes the plan: who looks in the other order misses neither"
+    for name in (PLAN, INDEX):
+        with suppress(FileNotFoundError, NotADirectoryError): return name, json.loads((path/name).read_bytes())
+
 def _is_finished(path:Path, index:dict)->bool:
     index = json.loads(json.dumps(index))
-    file = next((path/n for n in (INDEX, PLAN) if (path/n).is_file()), None)
-    if file is None:
-        if path.is_dir() and (found := sorted(p.name for p in path.iterdir())): raise FileExistsError(
-            f"{path} is not empty ({found[:8]}); give a new folder to prepare into")
+    found = sorted(p.name for p in path.iterdir() if p.suffix != '.part') if path.is_dir() else [] # before `_begun`: another process may begin
+    if (begun := _begun(path)) is None:
+        if found: raise FileExistsError(f"{path} is not empty ({found[:8]}); give a new folder to prepare into")
         write_json(path/PLAN, index)
         return False
-    there = json.loads(file.read_bytes())
+    name, there = begun
     for f in there['files'].values(): f.pop('count', 0), f.pop('sha256', 0)
     if other := [k for k in INDEX_KEYS if there[k] != index[k]]:
         raise FileExistsError(f"{path} holds another data set, {there['name']!r} (it differs in {other}); give a new folder to prepare into")
-    return file.name == INDEX
+    return name == INDEX
 
 # %% ../../nbs/11_data.store.ipynb #53c56d83
 def verify(
