@@ -207,10 +207,10 @@ def inconsistency(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)
 def partal_floor(scores:Scores, pool:Pool, budget:int, rng:np.random.Generator)->Picks:
     "As partal, but every task gets at least half of an equal share"
     least = np.minimum(budget//(2*len(pool.tasks)), pool.open.sum(0))
-    value = scores.norm.copy()
+    value, above = scores.norm.copy(), np.ptp(scores.norm[pool.open]) + 1 # what lifts a pair over all that are not guarded
     for k, n in enumerate(least):
         column = np.where(pool.open[:, k], value[:, k], -np.inf)
-        value[np.lexsort((rng.random(len(column)), -column))[:n], k] += np.ptp(value[pool.open]) + 1 # above all that is not guarded
+        value[np.lexsort((rng.random(len(column)), -column))[:n], k] += above
     index = top_pairs(value, pool, budget, rng).index
     score = scores.norm[tuple(index.T)]
     order = np.argsort(-score, kind='stable')
@@ -257,6 +257,8 @@ def select(
         raise ValueError(f"scores are {scores.raw.shape}, the pool is {pool.open.shape}; score this pool")
     if f.needs == 'features' and scores.features is None:
         raise ValueError(f"strategy {name!r} needs the images' features; pass Scores(raw, norm, features)")
+    if f.needs not in (None, 'features'):
+        for value in (scores.raw, scores.norm): _check_values(value, pool)
     picks = f(scores, pool, budget, rng)
     if picks.index.shape != (budget, 2) or picks.score.shape != (budget,):
         raise ValueError(f"strategy {name!r}: expected ({budget}, 2) positions and ({budget},) scores, "

@@ -31,7 +31,7 @@ class Categorical:
     ):
         if p.shape[1] == 1: p = torch.cat([1 - p, p], 1)
         off = (p.sum(1) - 1).abs().max().item()
-        if not off < 1e-2: raise ValueError(f"classes (dim 1) must sum to 1, they miss it by {off:.3g}; pass softmax, not logits")
+        if off >= 1e-2: raise ValueError(f"classes (dim 1) must sum to 1, they miss it by {off:.3g}; pass softmax, not logits")
         self.T, self.p, self.noise = self.T + 1, self.p + p, self.noise + entropy(p)
 
     def entropy(self)->Tensor: # (B, H, W), nats, in [0, log C]
