@@ -162,7 +162,7 @@ class TrainConfig:
     train_by:str='epochs'        # what `train_for` counts: `epochs` (the paper), `steps`, or `looks`: steps, more where images are partly labelled
     train_for:int=100            # the paper's 100 epochs a round
     warm_start:bool=False        # go on from the last round's weights; cold starts keep rounds comparable
-    inject_prob:float=0.5        # how often a known label takes its guess's place in training; 0 reads the paper literally, and labels mislead
+    inject_prob:float=0.5        # how often a known label takes its guess's place in training; 0 reads the paper literally, and labels can mislead
     batch_size:int=8             # the protocol's
     lr:float=1e-4                # Adam's, the protocol's
     weight_decay:float=1e-4      # the protocol's
