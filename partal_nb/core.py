@@ -129,6 +129,7 @@ class BuyConfig:
     "What is bought, and why"
     strategy:str='partal'        # how pairs are picked; `partal strategies` lists the names
     start_images:int=100         # images labelled in full before the first round (NYUv2: 100, PASCAL: 1000)
+    labels_from:str=''           # folder of a run whose labels this one starts from, in place of `start_images`
     step_pairs:int=240           # pairs bought a round: images × tasks (NYUv2: 80 × 3, PASCAL: 300 × 5)
     rounds:int=5                 # purchases; the network is trained once more after the last
     passes:int=10                # T, stochastic passes of MC dropout
@@ -242,7 +243,7 @@ def config_from_dict(
 # %% ../nbs/00_core.ipynb #3d49e99a
 _WHERE = ('data', 'device')
 _YOUNGER = dict(also=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element', message='prediction', pseudo=0.,
-                step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels') # and what they did
+                step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels', labels_from='') # and what they did
 
 def config_hash(
     c:RunConfig, # a configuration
