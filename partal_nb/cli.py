@@ -195,6 +195,7 @@ def notebook(
     changes:Annotated[Optional[list[str]], typer.Option('--set', help="A parameter of the notebook: name=value. Repeatable.")]=None,
 ):
     "Execute a notebook of nbs/runs with parameters."
+    os.environ['PARTAL_COMMAND'] = shlex.join(['partal', *sys.argv[1:]])
     with plain_errors(): typer.echo(execute(name, out, dict(out=str(out), **parse_changes(changes or [])), kernel))
 
 # %% ../nbs/90_cli.ipynb #646d681b

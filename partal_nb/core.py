@@ -129,6 +129,7 @@ class BuyConfig:
     "What is bought, and why"
     strategy:str='partal'        # how pairs are picked; `partal strategies` lists the names
     start_images:int=100         # images labelled in full before the first round (NYUv2: 100, PASCAL: 1000)
+    labels_from:str=''           # folder of a run whose labels this one starts from, in place of `start_images`
     step_pairs:int=240           # pairs bought a round: images × tasks (NYUv2: 80 × 3, PASCAL: 300 × 5)
     rounds:int=5                 # purchases; the network is trained once more after the last
     passes:int=10                # T, stochastic passes of MC dropout: five order images as well, more make better maps
@@ -215,8 +216,9 @@ def _check_config(c:RunConfig):
 PRESETS = dict(
     demo=dict(pool_images=120, test_images=40, start_images=12, step_pairs=36, rounds=2, features=32, train_by='looks', train_for=90,
               lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')),
-    rooms=dict(height=48, width=64, pool_images=400, test_images=200, start_images=20, step_pairs=60, features=32, train_by='looks', train_for=250,
-               lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')), # ten strategies × five seeds: about two hours on two CPU cores
+    rooms=dict(height=48, width=64, pool_images=400, test_images=200, start_images=20, step_pairs=60, features=32, lr=1e-3, augment='flip',
+               warm_start=True, train_by='steps', train_for=400, # each round goes on from the last: 250 looks, cold, were far from a plateau
+               tasks=('semseg', 'depth', 'normals')), # a strategy with five seeds: about 15 minutes on two CPU cores
     nyuv2_small=dict(data='', height=144, width=192, tasks=('semseg', 'depth', 'normals'), features=48, lr=1e-3, train_for=30),
     nyuv2=dict(data='', height=480, width=640, tasks=('semseg', 'depth', 'normals'), encoder='hrnet_w18_small_v2', features=256),
     pascal=dict(data='', height=512, width=512, tasks=('semseg', 'parts', 'saliency', 'edges', 'normals'), encoder='hrnet_w18_small_v2', features=256,
@@ -242,7 +244,7 @@ def config_from_dict(
 # %% ../nbs/00_core.ipynb #3d49e99a
 _WHERE = ('data', 'device')
 _YOUNGER = dict(also=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element', message='prediction', pseudo=0.,
-                step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels') # and what they did
+                step_money=0., per_price=False, prices=(), open_price=0., label_cap=0, price_unit='labels', labels_from='') # and what they did
 
 def config_hash(
     c:RunConfig, # a configuration

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from .core import (Pair, RunConfig, config_from_dict, config_hash, derive_seed, pick_device, set_seed, task_from_dict, write_atomic,
                             write_json)
-from .data.ledger import Ledger
+from .data.ledger import Ledger, read_labelled
 from .data.prepare import open_data
 from .data.store import Arrays, Store, load_arrays
 from .journal import Steps, append_journal, read_journal
@@ -118,18 +118,30 @@ def _locked(folder:Path):
     finally: lock.release()
 
 # %% ../nbs/60_loop.ipynb #12b218a9
-def _check_budget(config:RunConfig, tasks:tuple, available:np.ndarray):
-    need, have = config.start_images*available.shape[1] + config.rounds*config.step_pairs, int(available.sum())
-    whole = int(available.all(1).sum())
-    if config.start_images > whole:
+def _check_origin(config:RunConfig, store:Store):
+    about = Path(config.labels_from)/'config.json'
+    if not about.is_file(): raise FileNotFoundError(f"labels_from={config.labels_from}: no run there; give the folder of one, with its ledger.db")
+    about = json.loads(about.read_text())
+    if len(read_journal(config.labels_from)) <= about['config']['rounds']:
+        raise ValueError(f"labels_from={config.labels_from}: that run is not finished, its labels may become more; give its command again first")
+    there, here = about['data'], _who(config, store)['data']
+    if there != here: raise ValueError(f"labels_from={config.labels_from}: expected labels of this run's data, {here}, got those of {there}")
+
+# %% ../nbs/60_loop.ipynb #12b218aa
+def _check_budget(config:RunConfig, images:list, tasks:tuple, available:np.ndarray):
+    whole, have = int(available.all(1).sum()), int(available.sum())
+    if config.start_images > whole and not config.labels_from:
         raise ValueError(f"start_images={config.start_images}, but only {whole} images of the pool have a label of every task")
+    start = _start_pairs(config, images, tasks, available)
+    need = int(start.sum()) + config.rounds*config.step_pairs
+    at_first = f'{start.sum()} of labels_from' if config.labels_from else f'{config.start_images} images × {len(tasks)} tasks'
     if need > have and not _in_money(config, tasks):
-        raise ValueError(f"the pool has {have} pairs, the run would buy {need} ({config.start_images} images × {available.shape[1]} tasks, then "
+        raise ValueError(f"the pool has {have} pairs, the run would buy {need} ({at_first}, then "
                          f"{config.rounds} × {config.step_pairs}): use fewer rounds or a smaller step_pairs")
-    used_up = [t.name for t, n in zip(tasks, available.sum(0)) if n == config.start_images]
+    used_up = [t.name for t, n, m in zip(tasks, available.sum(0), start.sum(0)) if n == m]
     if used_up and config.rounds and _scored(config):
-        raise ValueError(f"start_images={config.start_images} takes all labels of {used_up}, so there is nothing to compare their scores with: "
-                         "use fewer, or leave these tasks out")
+        raise ValueError(f"{'labels_from' if config.labels_from else 'start_images'}={config.labels_from or config.start_images} takes all labels "
+                         f"of {used_up}, so there is nothing to compare their scores with: use fewer, or leave these tasks out")
 
 def _check_labels(ledger:Ledger, pool:Arrays):
     lost = np.argwhere(ledger.labelled() & ~pool.available)
@@ -156,9 +168,8 @@ def _check_money(config:RunConfig, images:list, tasks:tuple, available:np.ndarra
     prices, step = _in_money(config, tasks), config.step_money or config.step_pairs
     if not prices or not config.rounds: return
     check_ranking(config.strategy, tasks)
-    labelled = np.zeros_like(available)
-    labelled[_start_images(config, available)] = True
-    have, dearest = least_total(Pool(tuple(images), tasks, labelled, available), prices), prices.open + max(prices.label[t.name] for t in tasks)
+    start = _start_pairs(config, images, tasks, available)
+    have, dearest = least_total(Pool(tuple(images), tasks, start, available), prices), prices.open + max(prices.label[t.name] for t in tasks)
     what = f"{'step_money' if config.step_money else 'step_pairs'}={step:g}"
     if step < dearest:
         raise ValueError(f"{what} {prices.unit}, but the dearest label costs {dearest:g}, so that a round may buy nothing: spend more a round")
@@ -189,7 +200,8 @@ def check_run(
         with _locked(folder): pass
     tasks, (pool, _) = _choose_tasks(config, store), split_images(config, store)
     available = np.array([[store.has(i, t.name) for t in tasks] for i in pool])
-    _check_budget(config, tasks, available)
+    if config.labels_from: _check_origin(config, store)
+    _check_budget(config, pool, tasks, available)
     _check_money(config, pool, tasks, available)
 
 # %% ../nbs/60_loop.ipynb #7e1f84f1
@@ -221,13 +233,23 @@ def open_run(
             yield Run(folder, config, pool, test, ledger, progress, time.perf_counter() - began)
 
 # %% ../nbs/60_loop.ipynb #c2571aeb
-def _start_images(config:RunConfig, available:np.ndarray)->np.ndarray: # (start_images,) rows of the pool
-    rng = np.random.default_rng(derive_seed(config.seed, 'start'))
-    return np.sort(rng.choice(np.flatnonzero(available.all(1)), config.start_images, replace=False))
+def _start_pairs(config:RunConfig, images:list, tasks:tuple, available:np.ndarray)->np.ndarray: # (N, K) bool
+    start = np.zeros_like(available)
+    if not config.labels_from:
+        rng = np.random.default_rng(derive_seed(config.seed, 'start'))
+        start[rng.choice(np.flatnonzero(available.all(1)), config.start_images, replace=False)] = True
+        return start
+    row, col = ({x: i for i, x in enumerate(names)} for names in (images, [t.name for t in tasks]))
+    pairs = [p for p in read_labelled(Path(config.labels_from)/'ledger.db') if p.task in col]
+    if lost := [p.image for p in pairs if p.image not in row]:
+        raise ValueError(f"labels_from={config.labels_from}: image {lost[0]!r} is labelled there, but not in this run's pool of {len(images)}: "
+                         "use its pool_images and val_images")
+    for p in pairs: start[row[p.image], col[p.task]] = True
+    return start
 
 def _start(run:Run):
-    images = [run.pool.images[i] for i in _start_images(run.config, run.pool.available)]
-    _reveal(run, [Pair(i, t.name) for i in images for t in run.pool.tasks], 0, 'start')
+    start = _start_pairs(run.config, run.pool.images, run.pool.tasks, run.pool.available)
+    _reveal(run, [Pair(run.pool.images[n], run.pool.tasks[k].name) for n, k in np.argwhere(start)], 0, 'start')
 
 def _reveal(run:Run, pairs:list[Pair], r:int, source:str):
     "Write a purchase into the ledger, each pair at what it costs beside all that came before"

@@ -87,7 +87,7 @@ def tidy(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../nbs/80_report.ipynb #132c91ad
-_FREE = ('strategy', 'seed', 'preset', 'data', 'device')
+_FREE = ('strategy', 'seed', 'preset', 'data', 'device', 'labels_from')
 
 def _check_alike(runs:list[Run]):
     for run in runs[1:]:
@@ -297,8 +297,9 @@ def length_note(
     runs:list[Run], # of one study
 )->str: # a sentence or two
     "What the training length was counted in, and how far apart the strategies are in it"
-    c, steps = runs[0].config, training_length(runs).iloc[:, 1:]
-    text = f"Every round was trained for {c['train_for']} {c['train_by']}."
+    steps, lengths = training_length(runs).iloc[:, 1:], dict.fromkeys(f"{r.config['train_for']} {r.config['train_by']}" for r in runs)
+    text = f"Every round was trained for {' or '.join(lengths)}" + ', on from the one before.'*all(r.config['warm_start'] for r in runs)
+    text = text.removesuffix('.') + '.'
     if steps.size and steps.isna().all(axis=None): return text + ' The journals do not say how many steps that was.'
     if steps.shape[1] == 0 or (most := (steps.max()/steps.min()).max()) < 1.005: return text + ' All strategies took equally many steps.'
     mean = steps.mean(axis=1)

@@ -14,7 +14,7 @@ from partal_nb.report import read_study, run_folders
 TINY = dict(pool_images=16, test_images=6, height=48, width=64, features=8, encoder='test_efficientnet', pretrained=False, start_images=4,
             step_pairs=6, rounds=1, train_by='steps', train_for=8, passes=3, device='cpu')
 TEMPLATES = {p.stem for p in (Path(__file__).parents[1]/'nbs/runs').glob('*.ipynb')}
-TESTED_HERE = {'partial_only', 'normalisation', 'supervised', 'compare', 'hardest', 'injection'}
+TESTED_HERE = {'partial_only', 'normalisation', 'supervised', 'compare', 'hardest', 'injection', 'length'}
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory): return tmp_path_factory.mktemp('place')
@@ -64,6 +64,10 @@ def test_hardest(place, study):
     notebook(place, 'hardest', runs=['partial_only'], rounds=[0])
     found = pd.read_csv(place/'hardest/hardest.csv')
     assert len(found) == 8*12*3 and found.picked.sum() == 8*6 # 16 images, 4 of them labelled
+    told = json.loads((place/'hardest/hardest.json').read_text())
+    assert told['command'].startswith('partal notebook hardest') and told['runs'].keys() == {f.name for f in study[1]}
+    rows = pd.DataFrame(told['rows'])
+    assert (rows.picked.sum(), rows.open.sum()) == (8*6, len(found)) and (rows.error_open*rows.open).sum() == pytest.approx(found.error.sum(), rel=1e-6)
     for f in study[1]:
         bought = found[found.picked & (found.strategy + '-' + found.seed.astype(str) == f.name)].task.value_counts().to_dict()
         assert bought == {t: n for t, n in read_journal(f)[0]['bought'].items() if n}
@@ -72,3 +76,12 @@ def test_injection(place, study):
     notebook(place, 'injection', runs=['partial_only/partal-0', 'partial_only/partal-1'])
     found = pd.read_csv(place/'injection/injection.csv')
     assert len(found) == 2*(3*2 + 3) and set(found.images) == {6} and found.se.ge(0).all()
+
+def test_length(place, study):
+    lengths = {'4 steps': dict(train_by='steps', train_for=4), '3 epochs': dict(train_by='epochs', train_for=3)}
+    said, kinds = notebook(place, 'length', runs=['partial_only/partal-0', 'partial_only/random-0'], lengths=lengths)
+    assert '2 sets of labels, 18 to 18 pairs, 1 seeds' in said and kinds.count('application/vnd.plotly.v1+json') == 1
+    for f in (place/'partial_only/partal-0', place/'partial_only/random-0'):
+        (before, last), (short,), (long,) = (read_journal(p) for p in (f, place/'length/4-steps'/f.name, place/'length/3-epochs'/f.name))
+        assert short['labels'] == long['labels'] == last['labels'] != before['labels'] and short['steps'] == 4
+    assert read_journal(place/'length/3-epochs/random-0')[0]['steps'] == 3 # 6 images, one batch

@@ -159,8 +159,8 @@ def _split(source)->tuple[list, list]: # the pool, and labeled images to measure
 
 # %% ../../nbs/82_annotate.project.ipynb #d5fd9d01
 DEFAULTS = dict(preset='project', height=144, width=192, features=48, lr=1e-3, train_by='looks', train_for=600, augment='flip')
-_OF_RUNS = ('start_images', 'step_pairs', 'rounds', 'step_money', 'per_price', 'prices', 'open_price', 'label_cap', 'price_unit', 'pool_images',
-            'test_images', 'val_images', 'also')
+_OF_RUNS = ('start_images', 'labels_from', 'step_pairs', 'rounds', 'step_money', 'per_price', 'prices', 'open_price', 'label_cap', 'price_unit',
+            'pool_images', 'test_images', 'val_images', 'also')
 _SERVED = dict(estimator=('mc_dropout', 'masksembles', 'inconsistency'), normalizer=('minmax', 'quantile', 'rank', 'refit', 'none'), pseudo=(0.,))
 
 def _project_config(changes:dict, tasks:tuple)->RunConfig: # a project has one network a round
