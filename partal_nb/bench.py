@@ -10,6 +10,7 @@ __all__ = ['LINES', 'NYU', 'PARTS', 'interleave', 'compare', 'Line', 'line', 'me
 import copy
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from .journal import append_journal, read_journal
 from .learner import make_accelerator, train_step
 from .loop import Run, about_machine, load_data, run
 from .losses import total_loss
+from .model.dropout import Dropout
 from .model.padnet import PADNet, activate, make_model
 from .page import write_report
 from .select.coreset import k_center
@@ -190,7 +192,11 @@ def _memory(quick:bool)->dict:
     net, x = _protocol(), _images(1, *(64, 96) if quick else (256, 320))
     peak = {f'T = {T}': [_peak_bytes(lambda: entropy_maps(net, x, T))/2**20] for T in (5, 50)}
     peak |= {f'T = {T}, maps stacked': [_peak_bytes(lambda: _stacked_entropy(net, x, T))/2**20] for T in (5, 50)}
-    return compare(peak, 'T = 50', 'T = 5', 'MB')
+    maps = []
+    for f in (lambda: entropy_maps(net, x, 5)['semseg'], lambda: _stacked_entropy(net, x, 5)):
+        set_seed(0)
+        maps.append(f())
+    return compare(peak, 'T = 50', 'T = 5', 'MB', nats_apart=((maps[0] - maps[1]).abs().max(), 1e-3))
 
 # %% ../nbs/85_bench.ipynb #826bb351
 def plain_loss(
@@ -228,9 +234,10 @@ def _two_trainings(config:RunConfig, B:int)->tuple[dict[str, Callable], float]: 
     for m in (*dropout_layers(net).values(), *dropout_layers(plain).values()): m.p = 0.
     out, also = net(x.contiguous(memory_format=torch.channels_last)), plain(x)
     fast_loss, loss = total_loss(NYU, out.guess, out.final, labels)[0], plain_loss(NYU, [also.guess, also.final], labels)
-    for m in (net, plain):
-        for d in m.modules():
-            if isinstance(d, nn.Dropout): d.p = config.dropout
+    for d in [*net.modules(), *plain.modules()]:
+        if isinstance(d, nn.Dropout): d.p = config.dropout
+    for d in plain.modules():
+        if isinstance(d, Dropout): d.__class__ = nn.Dropout
     wrapped, opt = acc.prepare(net, torch.optim.Adam(net.parameters(), config.lr, weight_decay=config.weight_decay, fused=True))
     plain_opt = torch.optim.Adam(plain.parameters(), config.lr, weight_decay=config.weight_decay)
     def plain_step():
@@ -262,7 +269,7 @@ def _synced(f:Callable)->Callable:
 # %% ../nbs/85_bench.ipynb #87e0946e
 @line('score_gpu', 'trunk and 10 heads alone / scoring a pool, protocol, 480×640, GPU', least=.9, needs=('cuda',))
 def _score_gpu(quick:bool)->dict:
-    N, B, T = 32 if quick else 256, 16, 10
+    N, B, T, got = 32 if quick else 256, 16, 10, {}
     net, rng = _protocol().cuda(), np.random.default_rng(0)
     blank = {t.name: np.zeros((N, 480, 640, t.label_channels), np.uint8) for t in NYU}
     pool = Arrays(tuple(map(str, range(N))), NYU, rng.integers(0, 255, (N, 480, 640, 3), dtype=np.uint8), blank, np.ones((N, 3), bool))
@@ -270,9 +277,10 @@ def _score_gpu(quick:bool)->dict:
     def alone():
         for _ in range(N//B):
             for _ in passes(net, x, T): pass
-    score = lambda batch: score_pool(net, pool, every, ~every, T, 0, batch, progress=False)
+    score = lambda batch: got.update({batch: score_pool(net, pool, every, ~every, T, 0, batch, progress=False)})
     ways = {'trunk and 10 heads alone': alone, 'scoring a pool': lambda: score(B), 'one image at a time': lambda: score(1)}
-    return compare(interleave({k: _synced(f) for k, f in ways.items()}, 1 if quick else 5), 'trunk and 10 heads alone', 'scoring a pool')
+    seconds = interleave({k: _synced(f) for k, f in ways.items()}, 1 if quick else 5)
+    return compare(seconds, 'trunk and 10 heads alone', 'scoring a pool', nats_apart=(abs(got[1] - got[B]).max(), .05))
 
 # %% ../nbs/85_bench.ipynb #da4bf150
 def _features(N:int, D:int=270, groups:int=300)->np.ndarray: # (N, D) float32
@@ -419,17 +427,21 @@ PARTS = dict( # step -> what comes before it, and the step
 
 def _peak_mb()->float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
+def _prepare(part:str, N:int, folder:str):
+    r = _synthetic_run(Path(folder), N)
+    for f in PARTS[part][0]: f(r)
+    r.ledger.close()
+
 def grow_point(
     part:str, # one of `PARTS`
     N:int,    # images of the pool
 )->dict: # part, images, seconds, and MB beyond what the process had before
     "Time and memory of one step at one size, to be called in a process of its own"
-    before, step = PARTS[part]
     with tempfile.TemporaryDirectory() as d:
+        if PARTS[part][0]: subprocess.run([sys.executable, '-c', f'import partal_nb.bench as b; b._prepare({part!r}, {N}, {d!r})'], check=True)
         r = _synthetic_run(Path(d), N)
-        for f in before: f(r)
         had, began = _peak_mb(), time.perf_counter()
-        step(r)
+        PARTS[part][1](r)
         point = dict(part=part, images=N, seconds=time.perf_counter() - began, mb=_peak_mb() - had)
         r.ledger.close()
     return point
@@ -492,7 +504,7 @@ def bench(
 )->dict: # ready for JSON
     "Run the lines, one after the other"
     if unknown := sorted(set(names) - set(LINES)): raise ValueError(f"unknown lines {unknown}; there are {list(LINES)}")
-    made = dict(**about_machine(), quick=quick, lines=[])
+    made = dict(**about_machine(), load=os.getloadavg()[0], quick=quick, lines=[]) # load: processes that wanted a core in the minute before
     for name in names or LINES:
         made['lines'].append(measure(name, quick))
         say(row(made['lines'][-1]))
