@@ -232,7 +232,7 @@ _KATEX = re.compile(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:
 def _mathml(m)->str:
     from latex2mathml.converter import convert
     tex = html.unescape(m[2]).replace('\\\\', '\\\\ ') # a line break right before a letter is misread
-    return convert(tex, display='block' if m[1] == 'display' else 'inline')
+    return convert(tex) if m[1] == 'inline' else f'<span class="formula">{convert(tex, display="block")}</span>'
 
 def at_home(
     page:str, # HTML
@@ -254,12 +254,14 @@ def hanging(
 def _hung(text:str, code:bool):
     opened = [] # tags that go on over the end of a line
     for line in text.split('\n'):
+        plain = html.unescape(re.sub('<[^>]*>', '', line)).rstrip()
+        indent, long = len(plain) - len(plain.lstrip()), len(plain) > 40 and (code or '  ' not in plain.strip())
+        if long and indent > 12 and line.startswith(' '*indent): # a phone does without most of it
+            line = f'{line[:12]}<span class="gap">{line[12:indent]}</span>{line[indent:]}'
         whole = ''.join(opened) + line
         for tag in re.findall(r'</?\w[^>]*>', line): opened.pop() if tag[1] == '/' else opened.append(tag)
         whole += ''.join(f'</{re.match(r"<(.*?)[ >]", t)[1]}>' for t in reversed(opened))
-        plain = html.unescape(re.sub('<[^>]*>', '', line)).rstrip()
-        long = len(plain) > 40 and (code or '  ' not in plain.strip())
-        yield f'<span class="line" style="--in:{len(plain) - len(plain.lstrip())}ch">{whole}</span>' if long else whole
+        yield f'<span class="line" style="--in:{indent}ch">{whole}</span>' if long else whole
 
 # %% ../nbs/95_docs.ipynb #3773990f
 BOXES = { # title -> what happens there, and its modules: names, and packages with a dot

@@ -173,6 +173,11 @@ def opened(browser, width, scheme='light'):
     page.on('pageerror', lambda e: page.faults.append((page.url, str(e)[:200])))
     return page
 
+CUT = '''[...document.querySelectorAll("main *:not(svg *)")].filter(e => {
+    if (e.getBoundingClientRect().right <= innerWidth + 1 || !e.getClientRects().length) return false
+    for (let p = e; p.tagName != "MAIN"; p = p.parentElement) if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false
+    return true}).slice(0, 3).map(e => e.outerHTML.slice(0, 120))''' # beyond the screen, and nothing around it scrolls
+
 @pytest.mark.parametrize('width,scheme', [(390, 'light'), (1280, 'dark')])
 def test_every_page_in_a_browser(pages, browser, width, scheme):
     "Nothing is asked of another host, no error is raised, figures and pictures are there, no page is wider than its screen, and dark is dark"
@@ -182,6 +187,7 @@ def test_every_page_in_a_browser(pages, browser, width, scheme):
         page.goto(browser[1] + name, wait_until='load')
         wide = page.evaluate('document.documentElement.scrollWidth')
         if wide > width + 1: faults.append((name, f'{wide} px wide on a screen of {width}'))
+        if cut := page.evaluate(CUT): faults.append((name, 'cut at the edge', cut))
         if page.evaluate('[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))'): faults.append((name, 'a figure is not drawn'))
         if page.evaluate('[...document.images].some(i => !i.naturalWidth)'): faults.append((name, 'a picture is not there'))
         for part in ('body', '.navbar'):
