@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOXES', 'TURN', 'READ', 'PlotlyEmbed', 'told', 'joined', 'live_figure', 'parameters', 'usage', 'entry', 'certain',
-           'ShowModule', 'Opening', 'unnumbered', 'drop_numbers', 'at_home', 'hanging', 'placed', 'imports', 'modules',
-           'flow', 'command_help', 'home', 'sidebar', 'generated', 'build']
+           'ShowModule', 'Opening', 'unnumbered', 'drop_numbers', 'at_home', 'hanging', 'printed', 'index_printed',
+           'placed', 'imports', 'modules', 'flow', 'command_help', 'home', 'sidebar', 'generated', 'build']
 
 # %% ../nbs/95_docs.ipynb #75da1123
 import ast
@@ -263,6 +263,27 @@ def _hung(text:str, code:bool):
         whole += ''.join(f'</{re.match(r"<(.*?)[ >]", t)[1]}>' for t in reversed(opened))
         yield f'<span class="line" style="--in:{indent}ch">{whole}</span>' if long else whole
 
+# %% ../nbs/95_docs.ipynb #d0c5000e
+def printed(
+    page:str, # HTML of smalldocs
+)->dict[str, str]: # id of a section, '' above the first -> text
+    "What cells print, by section"
+    at, found = '', {}
+    for m in re.finditer(r'<section id="([^"]+)"|<div class="cell-output cell-output-stdout">\s*<pre><code>(.*?)</code></pre>', page, re.S):
+        if m[1]: at = m[1]
+        else: found[at] = f'{found.get(at, "")} {" ".join(html.unescape(re.sub("<[^>]*>", "", m[2])).split())}'
+    return found
+
+def index_printed(
+    site:Path, # that smalldocs made; its search.json is changed
+):
+    "Let the search find what is printed"
+    entries = {e['objectID']: e for e in json.loads((site/'search.json').read_text('utf-8'))}
+    for p in site.rglob('*.html'):
+        for at, text in printed(p.read_text('utf-8')).items():
+            if entry := entries.get(p.relative_to(site).as_posix() + f'#{at}'*bool(at)): entry['text'] += text
+    (site/'search.json').write_text(json.dumps([*entries.values()], ensure_ascii=False), 'utf-8')
+
 # %% ../nbs/95_docs.ipynb #3773990f
 BOXES = { # title -> what happens there, and its modules: names, and packages with a dot
     'Train': ('a PAD-Net on every label there is; known modalities are injected', ('model.', 'losses', 'learner')),
@@ -434,5 +455,6 @@ def build(
     for p in made.rglob('*.html') if renderer == 'smalldocs' else ():
         up = '../'*(len(p.relative_to(made).parts) - 1)
         p.write_text(hanging(at_home(p.read_text('utf-8'), up, cfg.doc_host + cfg.doc_baseurl)), 'utf-8')
+    if renderer == 'smalldocs': index_printed(made)
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     return Path(shutil.move(made, cfg.doc_path))

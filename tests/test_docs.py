@@ -207,6 +207,8 @@ def test_a_request_to_another_host_is_found(browser):
 
 FOUND = [('boundary_counts', 'boundaries.html#boundary_counts'), # a function
          ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
+         ("device 'cuda' asked for, but PyTorch sees no GPU; use --device auto or cpu", 'errors.html#names-that-do-not-exist'), ('how to cite', 'cite.html'),
+         ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
          ("unknown preset 'nyu3'; there are", 'cli.html'), ('expected field=value', 'cli.html#parse_changes'), # messages, also with one's own mistake in them
          ('partal prepare', 'commands.html#partal-prepare')]
 
