@@ -1,7 +1,10 @@
-"The site: builds, no broken link, no page without a title, no entry without a description, nothing asked of another host, and a search that finds"
+"""The site: builds, no broken link, no page without a title or a description, no picture without a text, no entry without a description, nothing asked of another host,
+and a search that finds"""
 import inspect
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ from partal_nb.docs import generated
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT/'nbs'
+CHROME = shutil.which('chromium') or shutil.which('google-chrome')
 if sys.version_info < (3, 11): pytest.skip('smalldocs needs Python 3.11', allow_module_level=True)
 
 class Page(HTMLParser):
@@ -29,6 +33,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.links, self.loads, self.ids, self.title, self.text, self._in = [], [], set(), '', '', ''
+        self.says, self.mute = '', [] # what it is about; figures that say nothing to who can't see them
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -36,6 +41,8 @@ class Page(HTMLParser):
         if 'id' in a: self.ids.add(a['id'])
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
         if tag in ('script', 'img', 'iframe') and a.get('src'): self.loads.append(a['src'])
+        if tag == 'meta' and a.get('name') == 'description': self.says = a['content']
+        if tag == 'img' and not a.get('alt') or 'plotly-figure' in a.get('class', '') and not a.get('aria-label'): self.mute.append(str(a)[:80])
         if tag == 'link' and a.get('rel') in ('stylesheet', 'icon'): self.loads.append(a['href'])
 
     def handle_data(self, data):
@@ -47,6 +54,10 @@ class Page(HTMLParser):
 def read(site): return {p.relative_to(site).as_posix(): Page(p.read_text('utf-8')) for p in sorted(site.rglob('*.html'))}
 
 def untitled(pages): return [name for name, p in pages.items() if not p.title]
+
+def undescribed(pages): return [name for name, p in pages.items() if not p.says]
+
+def mute(pages): return [(name, what) for name, p in pages.items() for what in p.mute]
 
 def foreign(pages): return [(name, u) for name, p in pages.items() for u in p.loads if urlsplit(u).scheme in ('http', 'https') or u.startswith('//')]
 
@@ -89,12 +100,28 @@ def test_results_are_of_the_committed_journals():
 def test_every_committed_run_is_among_the_results(pages):
     for p in sorted((NBS/'runs/results').rglob('journal.jsonl')): assert p.relative_to(NBS).as_posix() in pages['results.html'].links, p
 
+@pytest.mark.parametrize('path', sorted(NBS.glob('tutorials/*.ipynb')), ids=lambda p: p.stem)
+def test_a_tutorial_ends_with_what_it_promised(path):
+    *_, before, last = json.loads(path.read_text('utf-8'))['cells']
+    assert last['cell_type'] == 'code' and 'assert ' in ''.join(last['source'])
+    assert '## What was promised' in ''.join(before['source'])
+
 def test_cite_says_the_version(): assert f'version = {{{__version__}}}' in (NBS/'cite.qmd').read_text('utf-8')
 
 def test_a_page_for_each_module(pages):
     assert not {f"{m.removeprefix('partal_nb.')}.html" for m in d['syms']} - set(pages)
 
 def test_every_page_has_a_title(pages): assert not untitled(pages)
+
+def test_every_page_has_a_description(pages): assert not undescribed(pages)
+
+def test_every_figure_has_a_text(pages):
+    assert not mute(pages)
+    assert sum(len(p.loads) for p in pages.values()) > 100 # there are figures
+
+def test_no_link_is_a_guess(pages):
+    "`partal` is a strategy and a command"
+    assert not [(name, u) for name, p in pages.items() for u in p.links if u.endswith(('cli.html#partal', 'strategy.html#partal')) and not name.startswith('glossary')]
 
 def test_no_broken_link(pages, site): assert not list(broken(pages, site))
 
@@ -113,9 +140,9 @@ def test_every_entry_is_described_and_linkable(pages):
 
 def test_planted_faults_are_found(tmp_path):
     (tmp_path/'a.html').write_text('<title></title><h2 id="x">x</h2><a href="b.html">b</a><a href="#y">y</a><a href="#x">x</a>'
-                                   '<script src="https://cdn.example/x.js"></script>')
+                                   '<script src="https://cdn.example/x.js"></script><img src="data:"><div class="plotly-figure">')
     bad = read(tmp_path)
-    assert untitled(bad) == ['a.html']
+    assert untitled(bad) == undescribed(bad) == ['a.html'] and len(mute(bad)) == 2
     assert list(broken(bad, tmp_path)) == [('a.html', 'b.html'), ('a.html', '#y')]
     assert foreign(bad) == [('a.html', 'https://cdn.example/x.js')]
 
@@ -126,27 +153,41 @@ class Quiet(SimpleHTTPRequestHandler):
 def browser(site):
     "Chromium, the site's address, and what was asked of others"
     api = pytest.importorskip('playwright.sync_api')
-    if not Path('/usr/bin/chromium').exists(): pytest.skip('no /usr/bin/chromium')
+    if not CHROME:
+        why = 'no chromium here: apt-get install chromium'
+        pytest.fail(why) if os.environ.get('CI') == 'true' else pytest.skip(why)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path='/usr/bin/chromium', args=['--no-sandbox', '--disable-gpu'])
+        chromium = p.chromium.launch(executable_path=CHROME, args=['--no-sandbox', '--disable-gpu'])
         yield chromium, f'http://127.0.0.1:{server.server_port}/'
         chromium.close()
     server.shutdown()
 
+def opened(browser, width, scheme='light'):
+    "A page that gets nothing from other hosts, and keeps what it asked them for and what went wrong"
+    chromium, top = browser
+    page = chromium.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
+    page.asked, page.faults = [], []
+    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith((top, 'data:', 'blob:')) else (page.asked.append(r.request.url), r.abort()))
+    page.on('pageerror', lambda e: page.faults.append((page.url, str(e)[:200])))
+    return page
+
+CUT = '''[...document.querySelectorAll("main *:not(svg *)")].filter(e => {
+    if (e.getBoundingClientRect().right <= innerWidth + 1 || !e.getClientRects().length) return false
+    for (let p = e; p.tagName != "MAIN"; p = p.parentElement) if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false
+    return true}).slice(0, 3).map(e => e.outerHTML.slice(0, 120))''' # beyond the screen, and nothing around it scrolls
+
 @pytest.mark.parametrize('width,scheme', [(390, 'light'), (1280, 'dark')])
 def test_every_page_in_a_browser(pages, browser, width, scheme):
     "Nothing is asked of another host, no error is raised, figures and pictures are there, no page is wider than its screen, and dark is dark"
-    chromium, top = browser
-    asked, faults = [], []
-    page = chromium.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
-    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith((top, 'data:', 'blob:')) else (asked.append(r.request.url), r.abort()))
-    page.on('pageerror', lambda e: faults.append((page.url, str(e)[:200])))
+    page = opened(browser, width, scheme)
+    faults = page.faults
     for name in pages:
-        page.goto(top + name, wait_until='load')
+        page.goto(browser[1] + name, wait_until='load')
         wide = page.evaluate('document.documentElement.scrollWidth')
         if wide > width + 1: faults.append((name, f'{wide} px wide on a screen of {width}'))
+        if cut := page.evaluate(CUT): faults.append((name, 'cut at the edge', cut))
         if page.evaluate('[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))'): faults.append((name, 'a figure is not drawn'))
         if page.evaluate('[...document.images].some(i => !i.naturalWidth)'): faults.append((name, 'a picture is not there'))
         for part in ('body', '.navbar'):
@@ -154,11 +195,20 @@ def test_every_page_in_a_browser(pages, browser, width, scheme):
             light = sum(map(float, re.findall(r'[\d.]+', color.replace('srgb', ''))[:3]))
             if (light > (1.5 if 'srgb' in color else 383)) != (scheme == 'light'): faults.append((name, f'{part} is {color} where all is {scheme}'))
     page.close()
-    assert not asked
+    assert not page.asked
     assert not faults
+
+def test_a_request_to_another_host_is_found(browser):
+    page = opened(browser, 390)
+    page.goto(browser[1] + 'cite.html', wait_until='load')
+    page.evaluate("fetch('https://other.example/font').catch(() => 0)")
+    assert page.asked == ['https://other.example/font']
+    page.close()
 
 FOUND = [('boundary_counts', 'boundaries.html#boundary_counts'), # a function
          ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
+         ("device 'cuda' asked for, but PyTorch sees no GPU; use --device auto or cpu", 'errors.html#names-that-do-not-exist'), ('how to cite', 'cite.html'),
+         ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
          ("unknown preset 'nyu3'; there are", 'cli.html'), ('expected field=value', 'cli.html#parse_changes'), # messages, also with one's own mistake in them
          ('partal prepare', 'commands.html#partal-prepare')]
 

@@ -78,6 +78,15 @@ def test_results_are_the_journals(tmp_path):
     copy.write_text((ROOT/'README.md').read_text('utf-8'), 'utf-8')
     assert update_results(copy, ROOT/'nbs/runs/results') == (ROOT/'README.md').read_text('utf-8')
 
+def test_every_notebook_is_named():
+    text = (ROOT/'README.md').read_text('utf-8')
+    assert not [p.name for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if f'(nbs/{p.name})' not in text]
+
+def test_how_long_is_what_is_allowed():
+    "README says no minutes that nobody measures: an hour is where CI stops"
+    assert 'gives it an hour' in (ROOT/'README.md').read_text('utf-8')
+    assert 'timeout-minutes: 60\n' in (ROOT/'.github/workflows/test.yml').read_text('utf-8')
+
 def test_there_is_something_to_check():
     assert len(LINES) >= 3 and sum(kind == 'python' for kind, *_ in README) >= 2
 
