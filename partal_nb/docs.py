@@ -402,8 +402,8 @@ def home(
 READ = { # what is read in this order; what is not named follows
     'tutorials': ('first_run', 'own_images', 'own_task', 'own_strategy', 'annotation_loop', 'gpu_papermill', 'reading_a_report'),
     'explain': ('why_partial_labels', 'what_dropout_measures', 'entropy_of_what', 'frozen_normalizer', 'injection_information',
-                'depth_normals', 'costs', 'what_a_true_label_tells', 'which_uncertainty', 'which_normalizer', 'what_moves_the_scale', 'what_pseudo_labels_bring',
-                'what_the_paper_leaves_open')}
+                'depth_normals', 'costs', 'what_a_true_label_tells', 'which_uncertainty', 'which_normalizer', 'what_moves_the_scale',
+                'what_pseudo_labels_bring', 'what_the_paper_leaves_open')}
 
 def sidebar(
     nbs:Path, # folder of the notebooks
