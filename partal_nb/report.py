@@ -18,7 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .core import LOWER_IS_BETTER, TASK_COLORS, Task, task_from_dict, write_atomic
+from .core import LOWER_IS_BETTER, METRIC_NAMES, TASK_COLORS, Task, task_from_dict, write_atomic
 from .journal import read_journal
 
 # %% ../nbs/80_report.ipynb #6113c177
@@ -204,14 +204,13 @@ def _panels(
 
 # %% ../nbs/80_report.ipynb #1722278c
 AXES = dict(pairs='labeled pairs', cost='cost of the labels')
-_NAMES = dict(miou='mIoU', parts_miou='mIoU', max_iou='best IoU', odsf='odsF', odsf_nyuv2='odsF', rmse='RMSE', angle='mean angle')
 
 def metric_title(
     row, # with `metric`, `unit` and `lower_is_better`, as `spread` has them
 )->str: # e.g. `RMSE (m) ↓`
     "A metric's name, unit, and which way is better"
     unit = f' ({row.unit})' if row.unit else ''
-    return f"{_NAMES.get(row.metric, row.metric)}{unit} {'↓' if row.lower_is_better else '↑'}"
+    return f"{METRIC_NAMES.get(row.metric, row.metric)}{unit} {'↓' if row.lower_is_better else '↑'}"
 
 def _line(d:pd.DataFrame, x:str, name:str, color:str, symbol:str, first:bool)->list[go.Scatter]:
     "Band, if there is a spread, and line of one strategy in one panel"

@@ -6,7 +6,6 @@
 __all__ = ['pool_order', 'EntropyView', 'entropy_view', 'entropy_picture', 'EntropyExplorer']
 
 # %% ../../nbs/70_explore.entropy.ipynb #8dc56a56
-import html
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +14,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import TASK_COLORS
-from .view import (PASSES, UNITS, Bars, Opened, Stage, choices, class_legend, control, figure, image_slider, label_cell, map_cell,
-                                    photo_cell, tick)
+from .view import (UNITS, Bars, Opened, Stage, choices, class_legend, control, figure, image_slider, label_cell, line, map_cell,
+                                    number, passes_slider, photo_cell, sentence, short, tick)
 from ..look import as_label
 
 # %% ../../nbs/70_explore.entropy.ipynb #a23855f5
@@ -51,7 +50,7 @@ def entropy_view(
     run:Opened,
     image:int,               # row of the pool
     round:int,               # whose network
-    T:int=10,                # stochastic passes
+    T:int=0,                 # stochastic passes; 0: as many as the run's scores took
     estimator:str='mc_dropout', # one of `ESTIMATORS` that can be asked, see `Opened.estimators`
     change:bool=False,       # also the maps of the round before
 )->EntropyView:
@@ -59,11 +58,11 @@ def entropy_view(
     if change and not round: raise ValueError("round 0 has no round before it; choose another round to see a change")
     look = lambda r: run.look('pool', image, r, run.known(r, image), T, estimator)
     seen, known, size = look(round), run.known(round, image), run.pool.rgb.shape[1:3]
-    scores, number = run.scores(round), lambda v: tuple(None if np.isnan(x) else float(x) for x in v)
-    title = f'<b>image {run.pool.images[image]}</b><br>' + (f'injected: {", ".join(known)}' if known else 'nothing known')
+    scores, numbers = run.scores(round), lambda v: tuple(None if np.isnan(x) else float(x) for x in v)
+    title = f'<b>image {short(run.pool.images[image], 30)}</b><br>' + (f'injected: {", ".join(known)}' if known else 'nothing known')
     labels = {t.name: as_label(t, seen.final[t.name], size) for t in run.tasks}
     return EntropyView(title, np.asarray(run.pool.rgb[image]), run.tasks, labels, seen.maps, look(round - 1).maps if change else {},
-                       run.spans(estimator), run.values(), number(scores.raw[image]), number(scores.norm[image]), _reach(scores.norm, 0, 1),
+                       run.spans(estimator), run.values(), numbers(scores.raw[image]), numbers(scores.norm[image]), _reach(scores.norm, 0, 1),
                        _reach(np.stack([run.scores(r).raw for r in {0, round}]), 0, 0), UNITS[run.reads()])
 
 def _reach(v:np.ndarray, low:float, high:float)->tuple: # of all that is there, from `low` or less to `high` or more
@@ -73,7 +72,7 @@ def _reach(v:np.ndarray, low:float, high:float)->tuple: # of all that is there, 
 # %% ../../nbs/70_explore.entropy.ipynb #bf31979f
 def _bars(v:EntropyView, scores:tuple, title:str, unit:str, scale:tuple)->Bars:
     pad = .3*(scale[1] - scale[0]) # for the numbers at the bars
-    says = tuple('labeled' if s is None else f'{s:.2f}' for s in scores)
+    says = tuple('labeled' if s is None else number(s) for s in scores)
     return Bars(title, tuple(t.name for t in v.tasks), tuple(0 if s is None else s for s in scores), says,
                 tuple(TASK_COLORS.get(t.name, '#777') for t in v.tasks), unit, (scale[0] - pad, scale[1] + pad))
 
@@ -92,10 +91,10 @@ def entropy_picture(
 def _cells(v:EntropyView, t)->list:
     m, span = v.maps[t.name], v.spans[t.name]
     cells = [label_cell(t, v.labels[t.name], f'{t.name}, predicted', v.values[t.name]),
-             map_cell(m, f'{t.name}, entropy: mean {m.mean():.2f} nats', 'nats', span)]
+             map_cell(m, f'{t.name}, entropy: mean {number(m.mean())} nats', 'nats', span)]
     if not v.earlier: return cells
     change, half = m - v.earlier[t.name], (span[1] - span[0])/2
-    return [*cells, map_cell(change, f'{t.name}, since the round before: {change.mean():+.2f} nats', 'nats', (-half, half), 'PuOr_r')]
+    return [*cells, map_cell(change, f'{t.name}, since the round before: {number(change.mean(), sign=True)} nats', 'nats', (-half, half), 'PuOr_r')]
 
 # %% ../../nbs/70_explore.entropy.ipynb #1fdc00d7
 class EntropyExplorer(w.VBox):
@@ -106,7 +105,7 @@ class EntropyExplorer(w.VBox):
         self.place = image_slider(len(run.pool))
         self.round = control(w.Dropdown, 'round', 230, options=range(run.last + 1), value=max(run.last - 1, 0))
         self.estimator = control(w.Dropdown, 'estimator', 260, options=choices(run, self.round.value))
-        self.T = control(w.SelectionSlider, 'T, passes', 260, options=PASSES, value=10, continuous_update=False)
+        self.T = passes_slider(run)
         self.order = control(w.Dropdown, 'order', 280, options=orders)
         self.change = tick('change since the round before')
         self.status, self.bars = w.HTML(), w.Output()
@@ -114,7 +113,7 @@ class EntropyExplorer(w.VBox):
         self.round.observe(self._offer, 'value')
         for o in (self.place, self.round, self.estimator, self.T, self.order, self.change): o.observe(self._changed, 'value')
         rows = [self.place, self.order, self.round], [self.T, self.estimator, self.change, self.status]
-        super().__init__([*map(w.HBox, rows), self.bars, self.stage])
+        super().__init__([*(line(*r) for r in rows), self.bars, self.stage])
         self._changed(dict(owner=None))
 
 # %% ../../nbs/70_explore.entropy.ipynb #ccbb7978
@@ -147,7 +146,7 @@ def _changed(self:EntropyExplorer, change:dict):
         try:
             self.stage.show(self.picture(*self.asked(self.place.value)))
             self.status.value = f'{self.place.value + 1} of {len(self.run.pool)}'
-        except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
+        except (ValueError, OSError) as e: self.status.value = sentence(str(e))
     self.bars.clear_output()
     next = self.place.value + self.step
     if 0 <= next < len(self.run.pool): self.stage.ahead(lambda: self.picture(*self.asked(next)))

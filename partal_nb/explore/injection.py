@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core import TASK_COLORS
+from ..core import METRIC_NAMES, TASK_COLORS
 from ..data.store import Arrays
-from .view import (BARE, PASSES, Opened, Stage, axis_title, class_legend, control, error_cell, error_map, figure,
-                                    image_slider, label_cell, map_cell, photo_cell, stack, text_at, tick)
+from .view import (BARE, Opened, Stage, axis_title, class_legend, control, error_cell, error_map, figure, image_slider,
+                                    label_cell, line, map_cell, number, passes_slider, photo_cell, sentence, short, stack, text_at, tick)
 from ..learner import evaluate
 from ..look import as_label
 from ..metrics import meter
@@ -66,15 +66,17 @@ def injection_view(
     image:int,     # row of the test images
     round:int,     # whose network
     inject:tuple=(), # names of tasks whose truth is told
-    T:int=10,      # stochastic passes
+    T:int=0,       # stochastic passes; 0: as many as the run's scores took
 )->InjectionView:
     "Predictions, errors and entropies of one test image, with and without true labels"
     k = [t.name for t in run.tasks]
     if unknown := [n for n in inject if n not in k]: raise ValueError(f"can't inject {unknown}; there are {k}")
     inject = tuple(n for n in k if n in inject)
     truth = {t.name: np.asarray(run.test.labels[t.name][image]) for t in run.tasks}
-    return InjectionView(f'test image {run.test.images[image]}', np.asarray(run.test.rgb[image]), run.tasks, truth, _told(run, image, round, (), T),
-                         _told(run, image, round, inject, T), inject, run.spans(run.estimators(round)[0]), run.values())
+    before, after = (_told(run, image, round, told, T) for told in ((), inject))
+    title = f'test image<br>{short(run.test.images[image], 16)}'
+    return InjectionView(title, np.asarray(run.test.rgb[image]), run.tasks, truth, before, after, inject,
+                         run.spans(run.estimators(round)[0]), run.values())
 
 # %% ../../nbs/72_explore.injection.ipynb #c68a904c
 def injection_picture(
@@ -89,8 +91,9 @@ def injection_picture(
 
 def _row(v:InjectionView, t)->list: # a color bar serves for both pictures to its left
     a, b, values, span, own = v.before[t.name], v.after[t.name], v.values[t.name], v.spans[t.name], t.name in v.inject
-    truths = ', '.join(v.inject) if len(v.inject) < 3 else f'{len(v.inject)} truths'
-    given = '' if not v.inject else '<br>unchanged' if own else f'<br>given {truths}'
+    heard = [n for n in v.inject if n != t.name] # no task hears itself
+    truths = ', '.join(heard) if len(heard) < 3 else f'{len(heard)} truths'
+    given = f'<br>given {truths}' if heard else '<br>unchanged'*own
     return [label_cell(t, v.truth[t.name], f'<b>{t.name}</b>, true' + '<br>told to the others'*own, values, False),
             label_cell(t, a.label, 'predicted', values, False), label_cell(t, b.label, f'predicted{given}', values),
             error_cell(t, a.error, 'error', values, False), error_cell(t, b.error, f'error{given}', values),
@@ -109,11 +112,12 @@ def numbers_table(
         else:
             gain = (a.metric - b.metric)*(1 if t.lower_is_better else -1)
             unit = t.unit if t.lower_is_better else '%'
-            metric = tuple(f'{x:.2f} {unit}' for x in (a.metric, b.metric))
-            change = 'same' if abs(gain) < .005 else f'{abs(gain):.2f} {unit} {"better" if gain > 0 else "worse"}'
-        says = f'{t.name}, {t.metric} {arrow}' + (' (told)' if t.name in v.inject else '')
+            metric = tuple(f'{number(x)} {unit}' for x in (a.metric, b.metric))
+            change = 'same' if abs(gain) < .005 else f'{number(abs(gain))} {unit} {"better" if gain > 0 else "worse"}'
+        says = f'{t.name}, {METRIC_NAMES[t.metric]} {arrow}' + (' (told)' if t.name in v.inject else '')
         rows += f'<tr><th style="text-align:left">{html.escape(says)}</th>{cell(metric[0])}{cell(metric[1])}{cell(change, True)}'
-        rows += cell(f'{a.map.mean():.2f} nats') + cell(f'{b.map.mean():.2f} nats') + cell(f'{b.map.mean() - a.map.mean():+.2f} nats', True) + '</tr>'
+        rows += ''.join(cell(f'{number(m)} nats') for m in (a.map.mean(), b.map.mean()))
+        rows += cell(f'{number(b.map.mean() - a.map.mean(), sign=True)} nats', True) + '</tr>'
     heads = 'before', 'after', 'change', 'entropy before', 'after', 'change'
     head = ''.join(f'<th style="padding:2px 14px;text-align:right">{h}</th>' for h in heads)
     return f'<table style="line-height:1.4"><tr><th></th>{head}</tr>{rows}</table>'
@@ -134,33 +138,38 @@ def subset_metrics(
             yield told, {t.name: found[t.name][t.metric] for t in arrays.tasks}
 
 # %% ../../nbs/72_explore.injection.ipynb #71240913
+def _points(t, own:list, names:bool)->list: # two traces: the mean of sets of one size, and every set
+    sizes = sorted({len(told) for told, _ in own})
+    mean = [float(np.mean([v for told, v in own if len(told) == s])) for s in sizes]
+    beside, across = [mean[:2][-1], *mean[1:-1], mean[-2:][0]], ['right', *['center']*(len(sizes) - 2), 'left'] # names keep off the line
+    place = [f'{"top" if v >= beside[len(told)] else "bottom"} {across[len(told)]}' for told, v in own]
+    return [dict(type='scatter', mode='lines', x=sizes, y=mean, line=dict(color='#bbb', width=2), hoverinfo='skip'),
+            dict(type='scatter', mode='markers+text' if names else 'markers', x=[len(told) for told, _ in own], y=[v for _, v in own],
+                 text=[' + '.join(told) or 'nothing' for told, _ in own], textposition=place, textfont=dict(size=11), cliponaxis=False,
+                 marker=dict(color=TASK_COLORS.get(t.name, '#777'), size=9), hovertemplate='given %{text}: %{y:.2f}<extra></extra>')]
+
+# %% ../../nbs/72_explore.injection.ipynb #4e0b7d19
 def subsets_picture(
     measured:list, # of `subset_metrics`
     tasks:tuple,   # K
     n:int,         # images it was measured on
+    round:int,     # whose network was measured
     wide:int=1180, # pixels
 )->dict: # as plotly's JSON
     "The metric of each task against how many others were told, a panel a task"
-    H, w1 = 330, 1/len(tasks)
-    data, notes, axes = [], [text_at(f'<b>all sets of true modalities, over {n} test images</b>', .005, 1 - 20/H)], {}
+    H, w1, data, axes = 330, 1/len(tasks), [], {}
+    title = f'<b>all sets of true modalities, over {n} test images, round {round}</b>   the line: mean over sets of one size'
+    notes = [text_at(title, .005, 1 - 20/H)]
     for i, t in enumerate(tasks):
         own = [(told, m[t.name]) for told, m in measured if t.name not in told]
-        sizes = sorted({len(told) for told, _ in own})
-        mean = [float(np.mean([v for told, v in own if len(told) == s])) for s in sizes]
-        names = [' + '.join(told) or 'nothing' for told, _ in own]
-        beside, across = [mean[:2][-1], *mean[1:-1], mean[-2:][0]], ['right', *['center']*(len(sizes) - 2), 'left'] # names keep off the line
+        data += [dict(trace, xaxis=f'x{i + 1}', yaxis=f'y{i + 1}') for trace in _points(t, own, len(tasks) < 4)]
         low, high = (f(v for _, v in own) for f in (min, max))
-        color, at = TASK_COLORS.get(t.name, '#777'), dict(xaxis=f'x{i + 1}', yaxis=f'y{i + 1}')
-        data += [dict(at, type='scatter', mode='lines', x=sizes, y=mean, line=dict(color='#bbb', width=2), hoverinfo='skip'),
-                 dict(at, type='scatter', mode='markers+text' if len(tasks) < 4 else 'markers', x=[len(told) for told, _ in own],
-                      y=[v for _, v in own], text=names, cliponaxis=False,
-                      textposition=[f'{"top" if v >= beside[len(told)] else "bottom"} {across[len(told)]}' for told, v in own],
-                      marker=dict(color=color, size=9), textfont=dict(size=11), hovertemplate='given %{text}: %{y:.2f}<extra></extra>')]
+        pad = .15*(high - low) or 1
         unit, better = (t.unit, '↓') if t.lower_is_better else ('%', '↑')
         axes |= {f'xaxis{i + 1}': dict(domain=[w1*i + 62/wide, w1*(i + 1) - 20/wide], anchor=f'y{i + 1}', dtick=1, range=[-.2, len(tasks) - .8],
                                        title=axis_title('true modalities'), zeroline=False),
-                 f'yaxis{i + 1}': dict(domain=[48/H, 1 - 54/H], anchor=f'x{i + 1}', zeroline=False, range=[1.15*low - .15*high, 1.15*high - .15*low],
-                                       title=axis_title(f'{t.metric}, {unit} {better}'))}
+                 f'yaxis{i + 1}': dict(domain=[48/H, 1 - 54/H], anchor=f'x{i + 1}', zeroline=False, range=[low - pad, high + pad],
+                                       title=axis_title(f'{METRIC_NAMES[t.metric]} ({unit}) {better}'))}
         notes.append(text_at(f'<b>{t.name}</b>', w1*i + 62/wide, 1 - 50/H))
     return dict(data=data, layout=dict(BARE, **axes, annotations=notes, width=wide, height=H, showlegend=False))
 
@@ -171,7 +180,7 @@ class InjectionExplorer(w.VBox):
         self.run, self.step, self.picture = run, 1, lru_cache(32)(self._picture)
         self.place = image_slider(len(run.test))
         self.round = control(w.Dropdown, 'round', 200, options=range(run.last + 1), value=run.last)
-        self.T = control(w.SelectionSlider, 'T, passes', 260, options=PASSES, value=10, continuous_update=False)
+        self.T = passes_slider(run)
         self.told = {t.name: tick(f'the true {t.name}', 150) for t in run.tasks}
         self.numbers, self.status = w.HTML(), w.HTML()
         self.stage = Stage(lambda: run.folder/'explore'/f'injection-round{self.round.value}-{run.test.images[self.place.value]}.html')
@@ -183,7 +192,7 @@ class InjectionExplorer(w.VBox):
         self.measure.on_click(self._measure)
         tell = w.Label('tell the network', layout=w.Layout(margin='2px 2px 2px 10px'))
         rows = [self.place, self.round, self.T], [tell, *self.told.values(), self.status], [self.n, self.measure, self.bar]
-        super().__init__([*map(w.HBox, rows), self.numbers, self.stage])
+        super().__init__([*(line(*r) for r in rows), self.numbers, self.stage])
         self._changed(dict(owner=None))
 
 # %% ../../nbs/72_explore.injection.ipynb #040363ac
@@ -205,7 +214,7 @@ def _changed(self:InjectionExplorer, change:dict):
         fig, numbers = self.picture(*self.asked(self.place.value))
         self.stage.show(stack(fig, subsets_picture(*self.measured)) if self.measured else fig)
         self.numbers.value, self.status.value = numbers, ''
-    except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
+    except (ValueError, OSError) as e: self.status.value = sentence(str(e))
     next = self.place.value + self.step
     if 0 <= next < len(self.run.test): self.stage.ahead(lambda: self.picture(*self.asked(next)))
 
@@ -214,11 +223,11 @@ def _changed(self:InjectionExplorer, change:dict):
 def _measure(self:InjectionExplorer, _):
     self.bar.value, self.bar.layout.visibility, self.measure.disabled = 0, 'visible', True
     try:
-        measured = []
-        for one in subset_metrics(self.run.model(self.round.value), self.run.test, self.n.value):
+        measured, round = [], self.round.value
+        for one in subset_metrics(self.run.model(round), self.run.test, self.n.value):
             measured.append(one)
             self.bar.value += 1
-        self.measured = measured, self.run.tasks, self.n.value
+        self.measured = measured, self.run.tasks, self.n.value, round
         self._changed(dict(owner=None))
-    except (ValueError, OSError) as e: self.status.value = html.escape(str(e))
+    except (ValueError, OSError) as e: self.status.value = sentence(str(e))
     finally: self.bar.layout.visibility, self.measure.disabled = 'hidden', False

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'PASSES', 'SMALL', 'UNITS', 'MOST', 'GAP', 'BAR', 'TITLE', 'TOP', 'FONT', 'WHITE', 'APART', 'BARE',
-           'DRAW', 'Look', 'Opened', 'threads', 'open_look', 'Cell', 'Bars', 'thinned', 'words', 'label_cell',
-           'map_cell', 'photo_cell', 'error_map', 'error_cell', 'colorscale', 'axis_title', 'text_at', 'figure',
-           'stack', 'class_legend', 'control', 'choices', 'image_slider', 'tick', 'packed', 'weight', 'Plot',
-           'photographed', 'Stage', 'find_run', 'Door']
+           'CONFIG', 'DRAW', 'Look', 'Opened', 'threads', 'open_look', 'Cell', 'Bars', 'thinned', 'words', 'label_cell',
+           'map_cell', 'photo_cell', 'error_map', 'error_cell', 'colorscale', 'axis_title', 'short', 'number',
+           'text_at', 'figure', 'stack', 'class_legend', 'control', 'choices', 'image_slider', 'passes_slider', 'line',
+           'sentence', 'tick', 'packed', 'weight', 'Plot', 'photographed', 'Stage', 'find_run', 'Door']
 
 # %% ../../nbs/69_explore.view.ipynb #59a2b392
 import asyncio
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import sqlite3
+import textwrap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -48,6 +49,7 @@ from ..learner import load_checkpoint, snapshot_path
 from ..loop import load_data, load_model, read_scores, run
 from ..look import DEPTH_RANGE, paint
 from ..select.strategy import Scores, get_strategy
+from ..uncertainty.quality import image_errors
 from ..uncertainty.score import entropy_maps, foretold_losses, normalize, pool_features, score_pool
 
 # %% ../../nbs/69_explore.view.ipynb #ea1be938
@@ -136,7 +138,8 @@ def _networks(self:Opened, round:int)->list: # the round's own, and the others o
             found.append(load_model(self.folder, round))
             if path: load_checkpoint(path, found[-1])
     except (SafetensorError, RuntimeError, KeyError) as e:
-        raise ValueError(f"{self.folder}: the network of round {round} can't be read ({e}); its file is torn or of another version") from e
+        why = textwrap.shorten(str(e), 160) # the list of what does not fit may be long
+        raise ValueError(f"{self.folder}: the network of round {round} can't be read ({why}); its file is torn or of another version") from e
     return found
 
 @patch
@@ -159,14 +162,15 @@ def threads(
 def _look(self:Opened, split:str, image:int, round:int, inject:tuple, T:int, estimator:str)->Look:
     arrays, models = dict(pool=self.pool, test=self.test)[split], self.networks(round)
     rgb, labels = arrays.batch([image], np.array([[t.name in inject for t in self.tasks]]))
-    x, labels = rgb.float()/255, labels if inject else None
+    x, labels, T = rgb.float()/255, labels if inject else None, T or self.config.passes # 0: as many as its scores took
     set_seed(derive_seed(self.config.seed, 'explore', split, image))
     with torch.no_grad(), threads(1 if x.shape[2]*x.shape[3] < SMALL else torch.get_num_threads()):
         final, maps = models[0](x, labels).final, entropy_maps(models, x, T, labels, estimator)
     return Look({k: v[0] for k, v in final.items()}, {k: v[0].numpy() for k, v in maps.items()})
 
 # %% ../../nbs/69_explore.view.ipynb #0f15b4e8
-UNITS = dict(entropy='nats', disagreement='nats, or the value’s unit', inconsistency='nats, or the value’s unit', loss='expected loss')
+UNITS = dict(entropy='nats', disagreement='nats, or the value’s unit', inconsistency='nats, or the value’s unit', loss='expected loss',
+             error='error: %, m or °')
 
 @patch
 def reads(self:Opened)->str: # one of `UNITS`
@@ -179,6 +183,7 @@ def _measured(self:Opened, round:int, needs:str)->np.ndarray: # (N, K): the star
     labelled, start, c = self.labelled(round), self.labelled(0), self.config
     pairs, known = ~labelled & self.pool.available | start, labelled & ~start if c.inject_score else np.zeros_like(labelled)
     if needs == 'loss': return foretold_losses(self.model(round), self.pool, pairs, progress=self.progress)
+    if needs == 'error': return np.where(pairs, image_errors(self.model(round), self.pool, inject=known), np.nan)
     estimator = 'inconsistency' if needs == 'inconsistency' else self.estimators(round)[0]
     return score_pool(self.networks(round), self.pool, pairs, known, c.passes, derive_seed(c.seed, 'score', round), progress=self.progress,
                       estimator=estimator, measure='entropy' if needs == 'entropy' else 'disagreement')
@@ -189,8 +194,13 @@ def _features(self:Opened, round:int)->np.ndarray: return pool_features(self.mod
 # %% ../../nbs/69_explore.view.ipynb #ac7f9e7b
 @patch
 def _stored(self:Opened, round:int)->Scores:
-    table = read_scores(self.folder, round)
-    return Scores(*(_table(table, column, self.pool) for column in ('raw', 'norm')))
+    table, open = read_scores(self.folder, round), ~self.labelled(round) & self.pool.available
+    says = f"scores-{round}.parquet can't be used"
+    try: found = Scores(*(_table(table, column, self.pool) for column in ('raw', 'norm')))
+    except (KeyError, ValueError) as e: raise ValueError(f"{says}: {e}; it is torn or of another version") from e
+    n = int(np.isnan(found.norm[open]).sum())
+    if n: raise ValueError(f"{says}: {n} of {open.sum()} open pairs have no score in it; it is of another run, or older than the ledger")
+    return found
 
 @patch
 def _scores(self:Opened, round:int, needs:str='')->Scores: # `needs`: one of `UNITS`; empty: what the run's own say
@@ -244,7 +254,9 @@ def _same_data(folder:Path, about:dict, store, pool:Arrays):
     here = dict(name=store.name, fingerprint=store.fingerprint)
     if about['data'] != here: raise ValueError(
         f"{folder} was made on data {about['data']}, here is {here}; the run is older than the data, or was made elsewhere: make it again")
-    if [task_from_dict(t) for t in about['tasks']] != list(pool.tasks): raise ValueError(
+    try: same = [task_from_dict(t) for t in about['tasks']] == list(pool.tasks)
+    except (TypeError, ValueError) as e: raise ValueError(f"{folder}: the tasks in its config.json are of another version of partal_nb: {e}") from e
+    if not same: raise ValueError(
         f"{folder} has tasks {[t['name'] for t in about['tasks']]} that are not those of data {store.name!r} here; make the run again")
 
 # %% ../../nbs/69_explore.view.ipynb #f3c3d809
@@ -444,9 +456,24 @@ def _axes(cell, place:dict, size:tuple, n:int)->dict: # layout of the n-th cell
     return {x: dict(off, domain=place['x'], anchor=_nth('y', n), range=[-.5, size[1] - .5], **tied('x')),
             y: dict(off, domain=place['y'], anchor=_nth('x', n), range=[size[0] - .5, -.5], scaleanchor=False, **tied('y'))}
 
+# %% ../../nbs/69_explore.view.ipynb #5d1c0a7e
 def axis_title(text:str)->dict:
     "A plotly axis title near its axis"
     return dict(text=text, standoff=4, font=FONT)
+
+def short(
+    name:str, # of an image, as its folder has it
+    n:int,    # characters that there is room for
+)->str: # as plotly writes it
+    "A name, or the end of a long one"
+    return html.escape(name if len(name) <= n else '…' + name[1 - n:], quote=False)
+
+def number(
+    x:float,
+    sign:bool=False, # a plus, too
+)->str:
+    "Two decimals, with the minus of plotly's axes, and none before zero"
+    return '0.00' if abs(x) < .005 else f'{x:{"+" if sign else ""}.2f}'.replace('-', '−')
 
 def text_at(text:str, x:float, y:float, **kw)->dict: # a plotly annotation
     "Text whose lower left corner is at (x, y), shares of the figure"
@@ -542,6 +569,20 @@ def image_slider(n:int)->w.IntSlider: # n images
     "Which image; the keyboard moves it one by one"
     return control(w.IntSlider, 'image', 480, min=0, max=n - 1, continuous_update=False)
 
+# %% ../../nbs/69_explore.view.ipynb #9be41f02
+def passes_slider(run:Opened)->w.SelectionSlider:
+    "T; at first as many as the scores of the run took"
+    own = run.config.passes
+    return control(w.SelectionSlider, 'T, passes', 260, options=sorted({*PASSES, own}), value=own, continuous_update=False)
+
+def line(*controls:w.Widget)->w.HBox:
+    "Controls side by side; those that find no room go below"
+    return w.HBox(controls, layout=w.Layout(flex_flow='row wrap', align_items='center'))
+
+def sentence(text:str)->str: # HTML
+    "What is told to a viewer who looks for a picture"
+    return f'<p style="max-width:900px;margin:4px 0;line-height:1.5">{html.escape(text)}</p>'
+
 def tick(name:str, wide:int=250)->w.Checkbox:
     "A box to tick, with its name after it"
     return w.Checkbox(description=name, indent=False, layout=w.Layout(width=f'{wide}px', margin='2px 2px 2px 20px'))
@@ -568,8 +609,10 @@ def weight(
     return len(v) if isinstance(v, (bytes, str)) else 8
 
 # %% ../../nbs/69_explore.view.ipynb #e6bc60ed
+CONFIG = dict(displaylogo=False, displayModeBar=True, modeBarButtonsToRemove=['select2d', 'lasso2d', 'autoScale2d', 'sendChartToCloud'])
 DRAW = """
-const Plotly = window.Plotly
+let asked
+const plotly = js => asked ??= import(URL.createObjectURL(new Blob([js], {type: 'text/javascript'}))).then(() => window.Plotly)
 const KINDS = {f4: Float32Array, u1: Uint8Array, u4: Uint32Array}
 function rows(v) {
   const all = new KINDS[v.kind](v.bytes.buffer.slice(v.bytes.byteOffset, v.bytes.byteOffset + v.bytes.byteLength))
@@ -582,8 +625,8 @@ function unpacked(v) {
   if (v === null || typeof v !== 'object') return v
   return v.bytes ? rows(v) : Object.fromEntries(Object.entries(v).map(([k, x]) => [k, unpacked(x)]))
 }
-const config = {displaylogo: false, displayModeBar: true, modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']}
-function render({model, el}) {
+async function render({model, el}) {
+  const Plotly = await plotly(model.get('source'))
   const box = el.appendChild(document.createElement('div'))
   const draw = () => { const f = unpacked(model.get('figure')); if (f.data) Plotly.react(box, f.data, f.layout, config) }
   model.on('change:figure', draw)
@@ -594,9 +637,11 @@ function render({model, el}) {
 export default {render}
 """
 
+# %% ../../nbs/69_explore.view.ipynb #c30d52af
 class Plot(anywidget.AnyWidget):
     "A figure in the browser"
-    _esm = get_plotlyjs() + DRAW
+    _esm = f'const config = {json.dumps(CONFIG)}\n{DRAW}'
+    source = traitlets.Unicode(get_plotlyjs()).tag(sync=True)
     figure = traitlets.Dict().tag(sync=True) # of `packed`
 
 # %% ../../nbs/69_explore.view.ipynb #99f6b8e6
@@ -616,7 +661,7 @@ class Stage(w.VBox):
     "Shows one figure after another, and saves what it shows, as a page beside the run or as PNG where the browser keeps its downloads"
     def __init__(self, name:Callable): # () -> path of the HTML file
         self.name, self.now, self.plot, self.next = name, None, Plot(), None
-        button = lambda what: w.Button(description=f'save as {what}', icon='download', layout=w.Layout(width='140px'))
+        button = lambda what: w.Button(description=f'save as {what}', icon='download', disabled=True, layout=w.Layout(width='140px'))
         self.page, self.png, self.said = button('HTML'), button('PNG'), w.HTML()
         self.page.on_click(self._save)
         self.png.on_click(lambda _: self.plot.send(dict(png=Path(self.name()).stem)))
@@ -625,7 +670,7 @@ class Stage(w.VBox):
 
     def show(self, fig:dict): # of `figure`
         self.now = dict(fig, layout=dict(fig['layout'], uirevision=str(_kinds(fig)))) # what was enlarged stays so
-        self.plot.figure = packed(self.now)
+        self.plot.figure, self.page.disabled, self.png.disabled = packed(self.now), False, False
 
     def ahead(self, f:Callable): # () -> anything; asked for nothing but that it be computed
         "Compute what may be asked for next while nobody waits, if there is a kernel that can"
@@ -638,7 +683,7 @@ class Stage(w.VBox):
 def _save(self:Stage, _):
     path = Path(self.name())
     try:
-        write_atomic(path, go.Figure(self.now).to_html(include_plotlyjs=True).encode())
+        write_atomic(path, go.Figure(self.now).to_html(include_plotlyjs=True, config=CONFIG).encode())
         self.said.value = f'saved as {html.escape(str(path))}'
     except OSError as e: self.said.value = f'not saved: {html.escape(str(e))}'
 
@@ -669,7 +714,7 @@ class Door(w.VBox):
 
 # %% ../../nbs/69_explore.view.ipynb #e201a1f4
 @patch
-def _say(self:Door, text:str): self.says.value = f'<p style="max-width:900px;margin:4px 0">{html.escape(text)}</p>'
+def _say(self:Door, text:str): self.says.value = sentence(text)
 
 @patch
 def _open(self:Door): self._try(f'opening {self.path.value} …', lambda: None)
