@@ -611,7 +611,7 @@ def write_label_studio(folder, task:Task, queries:Iterable[Query])->list[str]:
     "A project: `label_config.xml` and `tasks.json`"
     tasks = []
     how = ("In Label Studio make a project, paste label_config.xml under Settings > Labeling Interface > Code, and import tasks.json. "
-           "When done, export as JSON (not JSON-MIN), and give that file back.")
+           "When done, export as JSON (not JSON-MIN) into this folder.")
     images = write_common(folder, task, queries, how, lambda q: tasks.append(label_studio_task(q)), form=False,
                           format='label-studio')
     write_atomic(Path(folder)/'label_config.xml', label_studio_config(task, all('unsure' in t['data'] for t in tasks)).encode())
