@@ -49,7 +49,7 @@ def studio(shared, tools, tmp_path_factory):
         with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
-def wait_until_up(studio, process, log, patience=300): # seconds
+def wait_until_up(studio, process, log, patience=1200): # seconds; it makes its database first, on a busy machine for minutes
     start = time.monotonic()
     while time.monotonic() - start < patience:
         if process.poll() is not None: pytest.fail(f'Label Studio ended with {process.returncode}:\n{log.read_text()[-3000:]}')
