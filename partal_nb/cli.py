@@ -249,7 +249,7 @@ InProject = Annotated[Path, typer.Option('--project', '-p', help="Folder of the 
 @app.command()
 def init(
     data:Annotated[Path, typer.Argument(help="Folder of images, perhaps with labels beside them.")],
-    tasks:Annotated[Optional[Path], typer.Option(help="TOML or JSON file with tasks and prices; empty: the tasks of DATA.")]=None,
+    tasks:Annotated[Optional[Path], typer.Option(help="TOML or JSON file: tasks, each a name, and their prices; empty: the tasks of DATA.")]=None,
     project:InProject=Path('project'),
     cooldown:Annotated[int, typer.Option(help="Batches that a rejected pair is left alone.")]=2,
     val_share:Annotated[float, typer.Option(help="Share of the labeled images that is held out; unused where DATA lists test images.")]=.2,
@@ -262,7 +262,10 @@ def init(
         changed = parse_changes(changes or [])
         if own := sorted({'data', 'tasks', 'preset'} & set(changed)): raise ValueError(f"--set {own[0]}=…: can't be set here, see --help")
         p = init(data, project, tasks, cooldown=cooldown, val_share=val_share, min_gain=min_gain, **changed)
-        typer.echo(f"{len(p.images)} images, {len(p.val)} to measure on, tasks {', '.join(t.name for t in p.tasks)}\n{p.folder}")
+        with p.ledger() as ledger: there = ', '.join(f'{n} {t}' for t, n in ledger.counts().items())
+        typer.echo(f"{len(p.images)} images to ask for, with labels already: {there}")
+        if p.val: typer.echo(f'{len(p.val)} test images to measure on')
+        typer.echo(p.folder)
 
 # %% ../nbs/90_cli.ipynb #ced0c207
 @app.command()
@@ -284,8 +287,8 @@ def tell(
     batch:Annotated[str, typer.Argument(help="Number of a batch, or its folder.")],
     path:Annotated[Path, typer.Argument(help="What came back: a folder, a zip or a file.")],
     project:InProject=Path('project'),
-    task:Annotated[str, typer.Option(help="Of which task; empty: what the folders in PATH are called.")]='',
-    format:Annotated[str, typer.Option(help="Its format; empty: as it looks.")]='',
+    task:Annotated[str, typer.Option(help="Of which task; empty: as its folders are called, or as it says.")]='',
+    format:Annotated[str, typer.Option(help="png, npy, label-studio, cvat or coco; empty: as it looks.")]='',
     who:Annotated[str, typer.Option(help="Who made it, where it does not say.")]='annotator',
 ):
     "Take in labels and rejections; exit code 1 if something had to be refused."

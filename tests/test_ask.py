@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from partal_nb.annotate.formats import Query, label_studio_task
+from partal_nb.annotate.formats import Query, label_studio_task, to_npy
 from partal_nb.annotate.project import ask, curve, init, load_labels, open_project, read_batch, status, tell
 from partal_nb.cli import app
 from partal_nb.core import Pair, write_atomic
@@ -192,6 +192,43 @@ def test_what_can_be_misspelled(args, says, project, tmp_path):
     assert r.exit_code == 2 and r.stderr.startswith('partal: ') and says in r.stderr, r.stderr
     assert 'told' not in events(project).kind.tolist()[18:]
 
+def test_nothing_is_passed_over_in_silence(project, tmp_path):
+    "A label as .npy among PNG files, a JPEG, and a row of the form whose image a spreadsheet renamed"
+    batch, by_task = parts(project)
+    task, queries = max(by_task.items(), key=lambda x: len(x[1]))
+    labels = answer(tmp_path/'back', queries)/task/'labels'
+    kind = next(t for t in TASKS if t.name == task)
+    first, second = (labels/f"{q['image']}.png" for q in queries[:2])
+    write_atomic(first.with_suffix('.npy'), to_npy(TRUTH[first.stem][task].reshape(H, W, -1), kind))
+    first.unlink()
+    second.rename(second.with_suffix('.jpg'))
+    (labels.parent/'answers.csv').write_text('image,minutes,who,rejected\n7,3,Ann,\n')
+    told = tell(project.folder, 1, tmp_path/'back')
+    assert len(told.took['told']) == len(queries) - 1
+    (_, jpeg), (_, row) = sorted(told.refused, key=lambda r: 'answers.csv' in r[1])
+    assert f'{second.stem}.jpg (task {task}): expected .png or .npy, got .jpg' in jpeg and "no image '7' was asked for" in row
+
+def test_it_says_itself_which_task_it_is_of(project, tmp_path):
+    "The folder of one task, a zip of it, and one under another name with its format.json"
+    batch, by_task = parts(project)
+    task, queries = next((t, q) for t, q in by_task.items() if q)
+    answer(tmp_path/'back', queries)
+    shutil.make_archive(tmp_path/'mail', 'zip', tmp_path/'back', task)
+    shutil.copytree(tmp_path/'back'/task, tmp_path/'other')
+    with pytest.raises(ValueError, match='which task is it of'): tell(project.folder, 1, tmp_path/'other')
+    shutil.copy(batch.folder/task/'format.json', tmp_path/'other')
+    for n, path in enumerate((tmp_path/'back'/task, tmp_path/'mail.zip', tmp_path/'other')):
+        told = tell(project.folder, 1, path)
+        assert {k: len(v) for k, v in told.took.items()} == {'same' if n else 'told': len(queries)} and not told.refused, path
+
+def test_a_batch_without_a_network_speaks_of_none(tmp_path):
+    p = init(photos(tmp_path/'photos', 0), tmp_path/'project', tasks_file(tmp_path), formats=dict(semseg='label-studio'), **TINY)
+    folder = ask(p.folder, budget=9, progress=False).folder
+    for t in TASKS:
+        said = (folder/t.name/'README.txt').read_text()
+        assert 'unsure' not in said and 'guess' not in said and not list(folder.glob(f'{t.name}/unsure*')) and not (folder/t.name/'guess').exists()
+    assert '$unsure' not in (folder/'semseg/label_config.xml').read_text() and 'Classes: 0 wall' in (folder/'semseg/README.txt').read_text()
+
 def test_answered_twice_in_one_parcel(project, tmp_path):
     "Alike is fine, not alike is refused; labeled and rejected is refused too"
     batch, by_task = parts(project)
@@ -257,7 +294,7 @@ def test_label_studio(tmp_path):
     right, hasty = (lambda y: y), (lambda y: np.where(y > 2, 2, y).astype(np.uint8))
     export = [dict(sent[0], annotations=[painted(sent[0], 1, right)]), dict(sent[1], annotations=[painted(sent[1], 2, right), painted(sent[1], 1, hasty)])]
     write_atomic(tmp_path/'export.json', json.dumps(export).encode())
-    told = tell(p.folder, 1, tmp_path/'export.json', task='semseg')
+    told = tell(p.folder, 1, tmp_path/'export.json') # says of which task it is
     assert {k: len(v) for k, v in told.took.items()} == dict(told=2, corrected=1) and not told.refused, str(told)
     found = events(p)
     assert set(found.source[found.minutes.notna()]) == {'ann@x.org'} and status(p.folder).tasks.measured['semseg'] == 3
@@ -377,9 +414,12 @@ def test_a_hint_when_to_stop(project):
     for number in (1, 2):
         tell(project.folder, number, answer(project.folder/f'back{number}', read_batch(project, number).queries))
         ask(project.folder, budget=6, progress=False)
-    s = status(project.folder, money=50)
+    s, more = status(project.folder, money=5), status(project.folder, money=500)
     assert s.points['round'].tolist() == [1, 2, 3] and s.points.worth.is_monotonic_increasing and s.hint.gain is not None
-    assert 'An extrapolation of 3 networks' in str(s) and 'the next 50 CHF are expected to bring' in str(s)
+    assert 'An extrapolation of 3 networks' in str(s) and 'the next 5 CHF are expected to bring' in str(s)
+    left = (more.tasks.open*more.tasks.price).sum() # no more can be spent, so no more is promised
+    assert 500 > more.money == pytest.approx(left) and f'next: {left:g} CHF of 500, for no more is open, buy' in str(more)
+    assert f'the next {left:g} CHF are expected to bring' in more.hint.says
     out = project.folder/'money.png'
     r = called('status', '-p', project.folder, '--picture', out)
     assert r.exit_code == 0 and out.stat().st_size > 3000

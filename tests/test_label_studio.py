@@ -3,7 +3,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +18,6 @@ from partal_nb.annotate.formats import FORMATS, Query, brush_mask, brush_rle, le
 from partal_nb.data.prepare import open_source
 
 pytestmark = pytest.mark.slow
-PROGRAM = os.environ.get('PARTAL_LABEL_STUDIO') or shutil.which('label-studio')
 QUIET = dict(LATEST_VERSION_CHECK='false', COLLECT_ANALYTICS='false', SENTRY_DSN='', FRONTEND_SENTRY_DSN='', LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN='true')
 LEFT_OUT = ('PYTHONPATH', 'DJANGO_SETTINGS_MODULE')
 
@@ -35,14 +33,13 @@ class Studio:
         except urllib.error.HTTPError as e: raise AssertionError(f'{method} {path}: {e.code} {e.read()[:500]}') from e
 
 @pytest.fixture(scope='module')
-def studio(tmp_path_factory):
-    if not PROGRAM: pytest.skip('no Label Studio: install it in a venv of its own and set PARTAL_LABEL_STUDIO to its program label-studio')
+def studio(shared, tools, tmp_path_factory):
     home, token = tmp_path_factory.mktemp('studio'), secrets.token_hex(20)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if k not in LEFT_OUT} | QUIET | dict(LABEL_STUDIO_BASE_DATA_DIR=str(home), HOME=str(home))
-    command = [PROGRAM, 'start', '--no-browser', '--internal-host', '127.0.0.1', '--port', str(port), '--username', 'eva@example.org',
+    command = [str(tools/'label-studio'), 'start', '--no-browser', '--internal-host', '127.0.0.1', '--port', str(port), '--username', 'eva@example.org',
                '--password', secrets.token_urlsafe(12), '--user-token', token]
     with open(home/'log', 'wb') as log:
         process = subprocess.Popen(command, env=env, cwd=home, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -52,7 +49,7 @@ def studio(tmp_path_factory):
         with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
-def wait_until_up(studio, process, log, patience=300): # seconds
+def wait_until_up(studio, process, log, patience=1200): # seconds; it makes its database first, on a busy machine for minutes
     start = time.monotonic()
     while time.monotonic() - start < patience:
         if process.poll() is not None: pytest.fail(f'Label Studio ended with {process.returncode}:\n{log.read_text()[-3000:]}')

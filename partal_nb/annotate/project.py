@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROJECT', 'DEFAULTS', 'read_tasks', 'Project', 'open_project', 'init', 'keep_label', 'prices_now', 'load_labels',
-           'Batch', 'ask', 'read_batch', 'Told', 'tell', 'load_network', 'quality', 'curve', 'Hint', 'stopping_hint',
-           'Status', 'status', 'money_figure', 'log_lines']
+           'Batch', 'ask', 'read_batch', 'many', 'Told', 'tell', 'load_network', 'quality', 'curve', 'amount', 'Hint',
+           'stopping_hint', 'Status', 'status', 'money_figure', 'log_lines']
 
 # %% ../../nbs/82_annotate.project.ipynb #04a9cea2
 import json
 import math
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 from ..core import Pair, RunConfig, Task, config_from_dict, derive_seed, inside, set_seed, task_from_dict, write_atomic, write_json
 from ..data.ledger import AFTER, Entry, Ledger
 from ..journal import Steps
-from ..select.budget import Prices, check_ranking, learn_prices, price_of, prices_from_dict, spend
+from ..select.budget import Prices, check_ranking, learn_prices, least_total, price_of, prices_from_dict, spend
 from ..select.strategy import Pool, Scores, get_strategy
 
 # %% ../../nbs/82_annotate.project.ipynb #50bc89d7
@@ -396,7 +397,7 @@ def read_batch(
 )->Batch:
     "A batch that was written"
     file = p.file('batches/{}', number)/'queries.json'
-    if not file.is_file(): raise FileNotFoundError(f"no batch {number} in {p.folder}; there are {_batches(p)}")
+    if not file.is_file(): raise FileNotFoundError(f"no batch {number} in {p.folder}; there are {_batches(p) or 'none yet, `partal ask` makes one'}")
     return Batch(number, file.parent, json.loads(file.read_bytes())['queries'], new)
 
 def _batches(p:Project)->list[int]: return sorted(int(f.name) for f in p.folder.glob('batches/[0-9]*'))
@@ -533,7 +534,7 @@ def _write_batch(p:Project, arrays, r:int, wish:dict, queries:list, model, targe
     write_json(part/'queries.json', dict(version=1, batch=r, **wish, unit=p.prices.unit, formats=p.formats,
                                          network=f'rounds/{r:03}.safetensors' if model else '', queries=queries))
     columns = ['image', 'task', 'score', 'rank', 'price', 'why']
-    write_atomic(part/'queries.csv', pd.DataFrame(queries)[columns].to_csv(index=False).encode())
+    write_atomic(part/'queries.csv', pd.DataFrame(queries)[columns].to_csv(index=False, float_format='%.6g').encode())
     os.replace(part, target)
 
 # %% ../../nbs/82_annotate.project.ipynb #0409e9ed
@@ -555,6 +556,8 @@ def _query(p:Project, task:Task, image:str, rgb:np.ndarray, arrays, model):
     return Query(image, task, rgb, guess, F.interpolate(entropy[None], rgb.shape[:2], mode='bilinear')[0, 0].cpu().numpy())
 
 # %% ../../nbs/82_annotate.project.ipynb #82e6aab5
+def many(n:int, what:str)->str: return f'{n} ' + re.sub(r'\((e?s)\)', '' if n == 1 else r'\1', what) # `1 pair`, `2 pairs` of `pair(s)`
+
 @dataclass
 class Told:
     "What became of what came back"
@@ -563,11 +566,12 @@ class Told:
     missing:int=0                            # pairs of the batch that nobody answered yet
 
     def __str__(self):
-        say = dict(told='new labels', corrected='corrected labels (the old ones are kept)', rejected='rejections', same='known already',
-                   older='older versions of labels that were corrected since, left alone', labelled='rejections of labeled pairs, left alone')
-        lines = [f"{len(v)} {say.get(k, k)}" for k, v in self.took.items() if v]
+        say = dict(told='new label(s)', corrected='corrected label(s), the old kept', rejected='rejection(s)', same='known already',
+                   older='older version(s) of labels that were corrected since, left alone', labelled='rejection(s) of labeled pairs, left alone')
+        say |= {'not asked': 'rejection(s) of pairs that are not out, left alone'}
+        lines = [many(len(self.took[k]), v) for k, v in say.items() if self.took.get(k)]
         lines += [f'{len(self.refused)} refused:', *(f'  {task}: {why}' for task, why in self.refused)] if self.refused else []
-        return '\n'.join([*(lines or ['nothing']), f'{self.missing} pairs of the batch are still out'])
+        return '\n'.join([*(lines or ['nothing']), f"{many(self.missing, 'pair(s)')} of the batch {'is' if self.missing == 1 else 'are'} still out"])
 
 # %% ../../nbs/82_annotate.project.ipynb #2ba3e515
 def tell(
@@ -595,13 +599,14 @@ def tell(
 
 # %% ../../nbs/82_annotate.project.ipynb #80bad136
 def _tasks_in(p:Project, queries:dict, path, task:str)->list[str]:
-    from partal_nb.annotate.formats import Parcel
+    from partal_nb.annotate.formats import Parcel, said_task
     asked = list(dict.fromkeys(pair.task for pair in queries))
     if task and task not in asked: raise ValueError(f"--task {task}: this batch asked for {asked}")
     if task: return [task]
     parcel = Parcel(path)
     if found := [t for t in asked if any(n.startswith(f'{parcel.top}{t}/') for n in [*parcel.names, *parcel.refused])]: return found
     if len(asked) == 1: return asked
+    if named := [t for t in (said_task(path), parcel.top.rstrip('/'), Path(path).resolve().stem) if t in asked]: return named[:1]
     raise ValueError(f"{path}: which task is it of? The batch asked for {asked}: put files into folders of these names, or say --task")
 
 # %% ../../nbs/82_annotate.project.ipynb #94ebaee3
@@ -695,6 +700,8 @@ def curve(
                               **{t: next(iter(m.values())) for t, m in measured[str(r)].items()}) for r in rounds])
 
 # %% ../../nbs/82_annotate.project.ipynb #5809b483
+def amount(x:float)->str: return f'{round(x, 2) or x:.10g}' # of money: two digits after the point, where there are any
+
 @dataclass(frozen=True)
 class Hint:
     "What the next purchase is expected to bring"
@@ -713,15 +720,16 @@ def stopping_hint(
 )->Hint:
     "Extrapolate the curve by its logarithm"
     n = len(points)
+    if n > 2 and not money: return Hint(None, None, "nothing is left to buy, so there is no hint when to stop")
     if n < 3 or points['quality'].isna().any() or points.worth.nunique() < 3:
-        return Hint(None, None, f"too early for a hint when to stop: {n} networks are measured, a curve needs 3 with different labels")
+        return Hint(None, None, f"too early for a hint when to stop: {many(n, 'network(s)')} measured so far, a curve needs 3 with different labels")
     w, q = points.worth.to_numpy(), points['quality'].to_numpy()
     b = np.polyfit(np.log(w), q, 1)[0]
     gain, so_far = max(b, 0)*np.log1p(money/w[-1])/money, (q[-1] - q[0])/(w[-1] - w[0])
     least = min_gain or max(so_far, 0)/10
     law = "An extrapolation of {n} networks by a + b log(labels), on few held-out images: look at the curve before you believe it"
-    return Hint(float(gain), float(least), f"{'stop? ' if gain < least else ''}the next {money:g} {unit} are expected to bring {gain*money:.2g} % of "
-                f"quality, {gain:.2g} % for each: {'below' if gain < least else 'above'} {least:.2g} %, which is "
+    return Hint(float(gain), float(least), f"{'stop? ' if gain < least else ''}the next {amount(money)} {unit} are expected to bring "
+                f"{gain*money:.2g} % of quality, {gain:.2g} % for each: {'below' if gain < least else 'above'} {least:.2g} %, which is "
                 f"{'what you set' if min_gain else 'a tenth of what each brought so far'}. {law.format(n=n)}")
 
 # %% ../../nbs/82_annotate.project.ipynb #0d8538ed
@@ -730,19 +738,21 @@ class Status:
     "Where a project stands"
     tasks:pd.DataFrame  # a row a task: labelled, asked, returned, rejected, resting, price, measured, spent
     unit:str
-    money:float         # of the next purchase
+    money:float         # of the next purchase, at most what all that is open costs
     batches:int
-    open:str            # the batch that waits for answers
     next:str            # what the next money is expected to buy
     points:pd.DataFrame # see `curve`
+    about:str           # the points as text
     hint:Hint
 
     def __str__(self):
-        t = self.tasks.assign(price=self.tasks.price.map('{:.4g}'.format), spent=self.tasks.spent.map('{:.5g}'.format))
-        lines = [t.to_string(), f'spent: {self.tasks.spent.sum():.6g} {self.unit}, {self.batches} batches{self.open}', f'next: {self.next}']
-        if len(self.points): lines += ['', self.points.round(3).to_string(index=False)]
-        return '\n'.join([*lines, self.hint.says])
+        t = self.tasks
+        spent, out = f'spent: {amount(t.spent.sum())} {self.unit}', int(t.out.sum())
+        where = many(self.batches, 'batch(es)') + f"; {many(out, 'pair(s)')} {'is' if out == 1 else 'are'} out"*(out > 0)
+        table = t.assign(price=t.price.map('{:.4g}'.format), spent=t.spent.map('{:.5g}'.format)).to_string()
+        return '\n'.join([table, f'{spent}, {where}', f'next: {self.next}', *(['', self.about] if len(self.points) else []), self.hint.says])
 
+# %% ../../nbs/82_annotate.project.ipynb #b7e6d913
 def status(
     folder,           # of the project
     money:float=None, # the next purchase, in the unit of the prices; None: as much as the last batch
@@ -752,10 +762,10 @@ def status(
     with p.ledger() as ledger: events, state, pool = ledger.events(), ledger.state(), _pool(p, ledger)
     asked = events[events.kind == 'asked']
     prices, last = prices_now(p, events), int(asked['round'].max()) if len(asked) else 0
-    money = money or float(asked.cost[asked['round'] == last].sum())
-    out = sum(s.kind == 'asked' for s in state.values())
-    return Status(_by_task(p, events, state, prices, pool), p.prices.unit, money, last, f'; {out} pairs are out' if out else '',
-                  _forecast(p, pool, prices, money), points := curve(p), stopping_hint(points, money or 1., p.prices.unit, p.min_gain))
+    wish, points = money or float(asked.cost[asked['round'] == last].sum()), curve(p)
+    money = min(wish, least_total(pool, prices))
+    return Status(_by_task(p, events, state, prices, pool), p.prices.unit, money, last, _forecast(p, pool, prices, money, wish), points,
+                  _as_text(p, points), stopping_hint(points, money, p.prices.unit, p.min_gain))
 
 # %% ../../nbs/82_annotate.project.ipynb #311f5a2a
 def _by_task(p:Project, events:pd.DataFrame, state:dict, prices:Prices, pool:Pool)->pd.DataFrame:
@@ -770,16 +780,26 @@ def _by_task(p:Project, events:pd.DataFrame, state:dict, prices:Prices, pool:Poo
                     spent=float(mine.cost[mine.kind != 'asked'].sum()))
     return pd.DataFrame([row(k, t) for k, t in enumerate(p.tasks)], index=[t.name for t in p.tasks])
 
-def _forecast(p:Project, pool:Pool, prices:Prices, money:float)->str:
-    if not money: return 'nothing was asked yet; `partal ask --budget PAIRS` makes the first batch'
+def _forecast(p:Project, pool:Pool, prices:Prices, money:float, wish:float)->str:
+    if not wish: return 'nothing was asked yet; `partal ask --budget PAIRS` makes the first batch'
     scored = [r for r in _networks(p, max([0, *_rounds(p)])) if p.file('rounds/{}.parquet', r).exists()]
     try:
         picks = _picked(p, pool, prices, dict(money=money), np.random.default_rng(0), _scores(p, scored[-1]) if scored else None)
     except ValueError as e: return str(e)
     n = np.bincount(picks.index[:, 1], minlength=len(p.tasks))
-    cost = price_of(picks, pool, prices).sum()
-    return (f"{money:g} {p.prices.unit} buy {', '.join(f'{v} {t.name}' for v, t in zip(n, p.tasks) if v)} for {cost:.4g}, "
+    cost, less = amount(price_of(picks, pool, prices).sum()), f' of {amount(wish)}, for no more is open,'*(wish > money)
+    return (f"{amount(money)} {p.prices.unit}{less} buy {', '.join(f'{v} {t.name}' for v, t in zip(n, p.tasks) if v)}"
+            f"{'' if cost == amount(money) else f' for {cost}'}, "
             + (f'by the scores of round {scored[-1]}' if scored else 'drawn by lot, for nothing was scored yet'))
+
+# %% ../../nbs/82_annotate.project.ipynb #4d8a60fb
+def _as_text(p:Project, points:pd.DataFrame)->str:
+    if not len(points): return ''
+    on = Steps(p.file('rounds/{}.json', int(points['round'].iloc[-1]))).done['evaluate']['result']['images']
+    names = {t.name: f"{t.name} {t.metric} ({t.unit or '%'}) {'↓' if t.lower_is_better else '↑'}" for t in p.tasks}
+    says = (f"The networks so far, on the held-out labels ({', '.join(f'{n} {t}' for t, n in on.items() if n)}). "
+            f'worth: all labels at the prices set, {p.prices.unit}; quality: mean change of the tasks, %')
+    return says + '\n' + points.round(3).rename(columns=names).to_string(index=False)
 
 # %% ../../nbs/82_annotate.project.ipynb #562d4c9f
 def money_figure(
@@ -796,12 +816,12 @@ def money_figure(
         ax.plot(points.worth, points[t.name], 'o-', color='C0', ms=4)
         ax.set(title=f"{t.name}: {t.metric} {'↓' if t.lower_is_better else '↑'}", ylabel=t.unit or '%')
     axes[0].plot(points.worth, points['quality'], 'o', color='C0', ms=4)
-    axes[0].set(title='quality, % of the first network')
+    axes[0].set(title='quality: mean change, %')
     if money and len(points) > 2:
         b, a = np.polyfit(np.log(points.worth), points['quality'], 1)
         w = np.linspace(points.worth.min(), points.worth.max() + money, 50)
         axes[0].plot(w, a + b*np.log(w), '--', color='C1', label='a + b log, extrapolated')
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[0].legend(frameon=False, fontsize=7, loc='lower right')
     for ax in axes: ax.set_xlabel(f'labels at set prices ({p.prices.unit})', fontsize=8); ax.grid(alpha=.3); ax.title.set_fontsize(9)
     return fig
 
