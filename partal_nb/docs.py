@@ -100,6 +100,7 @@ def _of(annotation)->str:
         else re.sub(r'\b(?:[a-z]\w*\.)+(?=\w)', '', str(annotation)) # list[Paint], whatever module it is of
 
 def _said(thing)->dict: # parameter -> comment; a field is described where it is written
+    if hasattr(thing, '_fields'): return dict(re.findall(r'^ *(\w+) *:[^#\n]*# *(.*)', getsource(thing), re.M)) # of a NamedTuple docments knows none
     if isclass(thing): return {k: v for c in thing.__mro__[-2::-1] if is_dataclass(c) for k, v in docments(c).items() if v} or docments(thing)
     says, text = dict(docments(thing)), getsource(thing)
     for name, p in signature(thing).parameters.items(): # docments takes what is said of `**kw` for what is given back
@@ -127,9 +128,9 @@ def parameters(
     return _options(('parameter', 'type', 'default', 'what it is'), rows)
 
 def _options(head:tuple, rows:list)->str: # a table without empty columns, that a phone shows as a list
-    says = [i for i in range(len(head)) if i in (0, len(head) - 1) or any(r[i] for r in rows)]
+    says = [i for i in range(len(head)) if any(r[i] for r in rows)]
     table = '\n'.join('| ' + ' | '.join(r[i] for i in says) + ' |' for r in [head, (':--',)*len(head), *rows])
-    return f'::: {{.options}}\n{table}\n:::' if rows else ''
+    return f'::: {{.options}}\n{table}\n:::' if len(says) > 1 else ''
 
 # %% ../nbs/95_docs.ipynb #d0c50004
 class _Dots: __repr__ = lambda self: '…'

@@ -75,7 +75,7 @@ def broken(pages, site):
 
 @pytest.fixture(scope='module')
 def site():
-    r = subprocess.run([sys.executable, '-c', 'from partal_nb.docs import build; print(build())'], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    r = subprocess.run([sys.executable, '-c', 'from partal_nb.docs import build; print(build())'], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert r.returncode == 0, r.stderr[-3000:]
     return Path(r.stdout.splitlines()[-1])
 
