@@ -50,6 +50,11 @@ def proved(p, near=4):
             below = [s for s in code[i+1:] if not exported(s)][:near]
             if not any(name in s and ('test_' in s or 'assert' in s) for s in below): yield f'{name} is not tested within {near} cells'
 
+def once(p):
+    first = {}
+    for i, (_, src, _) in enumerate(cells(p)):
+        if first.setdefault(src, i) != i: yield f'cell {i} is a copy of cell {first[src]}'
+
 def quiet(p, most=100_000):
     if 'widgets' in json.loads(p.read_text('utf-8'))['metadata']: yield 'stores widget state; execute with store_widget_state=False'
     for i, (_, _, c) in enumerate(cells(p)):
@@ -76,7 +81,7 @@ def in_git():
     names = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True, capture_output=True).stdout
     return [p for n in names.decode().split('\0') if n and (p := ROOT/n).is_file()]
 
-RULES = [(opening, NBS), (small, NBS), (narrow, NBS), (explicit, NBS), (upstream, NBS), (proved, NBS), (quiet, EVERY), (runnable, TEMPLATES),
+RULES = [(opening, NBS), (small, NBS), (narrow, NBS), (explicit, NBS), (upstream, NBS), (proved, NBS), (once, NBS), (quiet, EVERY), (runnable, TEMPLATES),
          (portable, in_git()), (generated, sorted((ROOT/'partal_nb').rglob('*.py')))]
 
 @pytest.mark.parametrize('rule,files', RULES, ids=[rule.__name__ for rule, _ in RULES])
@@ -97,6 +102,7 @@ FAULTS = [
     (upstream, 'which no notebook makes', [code('#| export', 'from partal_nb.nowhere import x')]),
     (upstream, 'not upstream', [code('#| export', 'from partal_nb.core import Task')]),
     (proved, 'g is not tested', [code('#| export', 'def g(): pass'), code('g()')]),
+    (once, 'is a copy of cell 0', [code('1'), code('1')]),
     (quiet, 'widget view', [code('1', outputs=[VIEW])]),
     (quiet, 'stores 100 kB', [code('1', outputs=[dict(text='x'*100_000)])]),
     (runnable, '0 cells are tagged', [code('seed = 0')]),

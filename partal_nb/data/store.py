@@ -394,10 +394,15 @@ class Arrays:
         index = np.asarray(index, dtype=np.int64).reshape(-1)
         if known is not None and np.shape(known) != (len(index), len(self.tasks)):
             raise ValueError(f"known: expected ({len(index)}, {len(self.tasks)}), a row for each image of the batch, got {np.shape(known)}")
-        labels = {t.name: _tensor(self.labels[t.name][index], torch.int64 if t.kind == 'categorical' else torch.float32) for t in self.tasks}
-        for k, t in enumerate(self.tasks if known is not None else ()):
-            labels[t.name][~torch.as_tensor(np.asarray(known, bool)[:, k])] = torch.tensor(t.ignore).to(labels[t.name].dtype)
-        return _tensor(self.rgb[index], torch.uint8), labels
+        known = np.ones((len(index), len(self.tasks)), bool) if known is None else np.asarray(known, bool)
+        return _tensor(self.rgb[index], torch.uint8), {t.name: self._label(t, index, known[:, k]) for k, t in enumerate(self.tasks)}
+
+    def _label(self, task:Task, index:np.ndarray, known:np.ndarray)->torch.Tensor: # what is not known is not read
+        there, dtype = self.labels[task.name], torch.int64 if task.kind == 'categorical' else torch.float32
+        if known.all(): return _tensor(there[index], dtype)
+        y = torch.full((len(index), there.shape[3], *there.shape[1:3]), task.ignore, dtype=dtype)
+        if known.any(): y[torch.from_numpy(known)] = _tensor(there[index[known]], dtype)
+        return y
 
 def _tensor(a:np.ndarray, dtype)->torch.Tensor: # (B, H, W, C) to (B, C, H, W)
     return torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).to(dtype).contiguous()
