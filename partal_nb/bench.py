@@ -35,13 +35,13 @@ from torch.profiler import ProfilerActivity, profile
 # %% ../nbs/85_bench.ipynb #dee92cca
 from . import loop
 from .boundaries import CUTS, best_f, boundary_counts, thin
-from .core import Pair, RunConfig, Task, preset, semseg_task, set_seed, standard_task
+from .core import Pair, RunConfig, Task, preset, semseg_task, set_seed, standard_task, write_json
 from .data.ledger import Ledger
 from .data.rooms import render_room
 from .data.store import Arrays
 from .journal import append_journal, read_journal
 from .learner import make_accelerator, train_step
-from .loop import Run, about_machine, load_data, run
+from .loop import Run, about_machine, load_data, open_run
 from .losses import total_loss
 from .model.dropout import Dropout
 from .model.padnet import PADNet, activate, make_model
@@ -389,7 +389,10 @@ def _round(quick:bool)->dict:
     config = preset('demo', rounds=1, device='cpu', pretrained=False, **small if quick else {})
     load_data(config, progress=False)
     with tempfile.TemporaryDirectory() as d:
-        seconds = read_journal(run(config, f'{d}/run', progress=False))[0]['seconds']
+        with open_run(config, f'{d}/run', progress=False) as r:
+            loop._start(r)
+            loop._round(r, 0)
+        seconds = read_journal(f'{d}/run')[0]['seconds']
     total, beside = sum(seconds.values()), max(v for k, v in seconds.items() if k not in ('train', 'score'))
     top, bottom = 'the longest step besides training and passes', 'the whole first round'
     return compare({top: [beside], bottom: [total]} | {k: [v] for k, v in seconds.items()}, top, bottom)
@@ -501,14 +504,17 @@ def bench(
     quick:bool=False,         # small inputs: whether it runs and agrees, not how fast it is
     grow:bool=False,          # growth curves too; minutes
     say:Callable=lambda text: None, # told of each line when it is done
-)->dict: # ready for JSON
+    out=None,                 # JSON file to write, anew after each line, so that a kill costs one
+)->dict: # what `out` holds
     "Run the lines, one after the other"
     if unknown := sorted(set(names) - set(LINES)): raise ValueError(f"unknown lines {unknown}; there are {list(LINES)}")
     made = dict(**about_machine(), load=os.getloadavg()[0], quick=quick, lines=[]) # load: processes that wanted a core in the minute before
     for name in names or LINES:
         made['lines'].append(measure(name, quick))
         say(row(made['lines'][-1]))
+        if out: write_json(out, made)
     if grow: made['growth'] = growth((100, 1_000) if quick else (1_000, 10_000, 100_000, 1_000_000))
+    if out: write_json(out, made)
     return made
 
 def row(

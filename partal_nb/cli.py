@@ -386,9 +386,7 @@ def bench(
 ):
     "Measure the fast ways against the plain ones; exit code 1 if their results disagree."
     from partal_nb.bench import bench
-    from partal_nb.core import write_json
     os.environ['PARTAL_COMMAND'] = shlex.join(['partal', *sys.argv[1:]])
     with plain_errors():
-        made = bench(lines or (), quick, grow, typer.echo)
-        if out: write_json(out, made)
+        made = bench(lines or (), quick, grow, typer.echo, out)
         if not all(l.get('agrees', True) for l in made['lines']): raise typer.Exit(1)
