@@ -517,6 +517,7 @@ def bench(
     if out: write_json(out, made)
     return made
 
+# %% ../nbs/85_bench.ipynb #33a156ef
 def row(
     found:dict, # of `measure`
 )->str:
