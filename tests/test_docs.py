@@ -168,6 +168,7 @@ def opened(browser, width, scheme='light'):
     "A page that gets nothing from other hosts, and keeps what it asked them for and what went wrong"
     chromium, top = browser
     page = chromium.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
+    page.set_default_timeout(180_000) # ms; a busy machine takes its time
     page.asked, page.faults = [], []
     page.route('**/*', lambda r: r.continue_() if r.request.url.startswith((top, 'data:', 'blob:')) else (page.asked.append(r.request.url), r.abort()))
     page.on('pageerror', lambda e: page.faults.append((page.url, str(e)[:200])))
@@ -214,9 +215,8 @@ FOUND = [('boundary_counts', 'boundaries.html#boundary_counts'), # a function
 
 @pytest.mark.parametrize('query,place', FOUND)
 def test_search_finds(browser, query, place):
-    chromium, top = browser
-    page = chromium.new_page(viewport=dict(width=1280, height=800))
-    page.goto(top + 'index.html', wait_until='load')
+    page = opened(browser, 1280)
+    page.goto(browser[1] + 'index.html', wait_until='load')
     page.fill('.smalldocs-search input', query)
     page.wait_for_selector('.search-result, .search-none')
     found = [a.get_attribute('href').removeprefix('./') for a in page.query_selector_all('.search-result')]
