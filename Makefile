@@ -8,11 +8,12 @@ PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.10 python3)
 # Every worker imports PyTorch, so memory rather than cores is the limit.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
-.PHONY: help demo test check docs readme hooks clean
+.PHONY: help demo test check tools docs readme hooks clean
 
 help:
 	@echo 'make demo   install into .venv and run PartAL beside random picks on the embedded rooms (minutes on a CPU)'
 	@echo 'make test   install the development tools too; library equals notebooks, notebooks run, tests pass'
+	@echo 'make tools  install the annotation tools beside, for the tests that ask them (over 1 GB; `make test` skips these tests without)'
 	@echo 'make check  only the first part: library equals notebooks, notebooks clean'
 	@echo 'make docs   build the site into _docs/ from the notebooks'
 	@echo 'make readme write the results table of README.md from the committed journals'
@@ -38,6 +39,8 @@ check: .venv/.dev
 		echo '`git add nbs partal_nb` if it is what you meant, and run this again.'; \
 		exit 1; \
 	fi >&2
+
+tools: .venv/.tools
 
 docs: .venv/.dev
 	python -c "from partal_nb.docs import build; print(build())"
@@ -68,4 +71,10 @@ clean:
 
 .venv/.dev: settings.ini setup.py | .venv/.run
 	pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# They need other versions of what the package needs, so they have an environment of their own.
+.venv/.tools: | .venv/.made
+	python -m venv .venv/tools
+	.venv/tools/bin/pip install --quiet label-studio==1.23.* datumaro==1.13.* cvat-sdk==2.*
 	@touch $@

@@ -23,4 +23,4 @@ def tools()->Path:
     "The programs of the annotation tools themselves: 1.1 GB, and at odds with our pandas and Pillow, so they live in an environment of their own"
     home = Path(os.environ.get('PARTAL_TOOLS') or Path(__file__).parents[1]/'.venv'/'tools')
     if (home/'bin'/'label-studio').is_file(): return home/'bin'
-    pytest.skip(f"no annotation tools in {home}, or where PARTAL_TOOLS says: make a venv there, with label-studio, datumaro and cvat-sdk in it")
+    pytest.skip(f"no annotation tools in {home}, or where PARTAL_TOOLS says: `make tools` installs them")
