@@ -11,6 +11,7 @@ import copy
 import importlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -428,7 +429,11 @@ PARTS = dict( # step -> what comes before it, and the step
     select=([_start, _score], lambda r: loop._select(r, 0, None)),
     report=([], _report))
 
-def _peak_mb()->float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+def _peak_mb(reset:bool=False)->float: # of this process; where Linux tells it, since it was last reset
+    status = Path('/proc/self/status')
+    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+    if reset: Path('/proc/self/clear_refs').write_text('5')
+    return int(re.search(r'VmHWM:\s*(\d+)', status.read_text())[1])/2**10
 
 def _prepare(part:str, N:int, folder:str):
     r = _synthetic_run(Path(folder), N)
@@ -443,9 +448,9 @@ def grow_point(
     with tempfile.TemporaryDirectory() as d:
         if PARTS[part][0]: subprocess.run([sys.executable, '-c', f'import partal_nb.bench as b; b._prepare({part!r}, {N}, {d!r})'], check=True)
         r = _synthetic_run(Path(d), N)
-        had, began = _peak_mb(), time.perf_counter()
+        had, began = _peak_mb(reset=True), time.perf_counter()
         PARTS[part][1](r)
-        point = dict(part=part, images=N, seconds=time.perf_counter() - began, mb=_peak_mb() - had)
+        point = dict(part=part, images=N, seconds=time.perf_counter() - began, mb=max(0., _peak_mb() - had)) # what was freed before is used first
         r.ledger.close()
     return point
 
