@@ -402,7 +402,7 @@ def home(
 # %% ../nbs/95_docs.ipynb #cd309e03
 READ = { # what is read in this order; what is not named follows
     'tutorials': ('first_run', 'own_images', 'own_task', 'own_strategy', 'annotation_loop', 'gpu_papermill', 'reading_a_report'),
-    'explain': ('why_partial_labels', 'what_dropout_measures', 'entropy_of_what', 'frozen_normalizer', 'injection_information',
+    'explain': ('why_partial_labels', 'what_came_out', 'what_dropout_measures', 'entropy_of_what', 'frozen_normalizer', 'injection_information',
                 'depth_normals', 'costs', 'what_a_true_label_tells', 'which_uncertainty', 'which_normalizer', 'what_moves_the_scale',
                 'what_pseudo_labels_bring', 'what_the_paper_leaves_open')}
 
