@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROJECT', 'DEFAULTS', 'read_tasks', 'Project', 'open_project', 'init', 'keep_label', 'prices_now', 'load_labels',
-           'Batch', 'ask', 'read_batch', 'many', 'Told', 'tell', 'load_network', 'quality', 'curve', 'amount', 'Hint',
-           'stopping_hint', 'Status', 'status', 'money_figure', 'log_lines']
+           'Batch', 'ask', 'read_batch', 'Told', 'tell', 'load_network', 'quality', 'curve', 'Hint', 'stopping_hint',
+           'Status', 'status', 'money_figure', 'log_lines']
 
 # %% ../../nbs/82_annotate.project.ipynb #04a9cea2
 import json
@@ -556,7 +556,7 @@ def _query(p:Project, task:Task, image:str, rgb:np.ndarray, arrays, model):
     return Query(image, task, rgb, guess, F.interpolate(entropy[None], rgb.shape[:2], mode='bilinear')[0, 0].cpu().numpy())
 
 # %% ../../nbs/82_annotate.project.ipynb #82e6aab5
-def many(n:int, what:str)->str: return f'{n} ' + re.sub(r'\((e?s)\)', '' if n == 1 else r'\1', what) # `1 pair`, `2 pairs` of `pair(s)`
+def _many(n:int, what:str)->str: return f'{n} ' + re.sub(r'\((e?s)\)', '' if n == 1 else r'\1', what) # `1 pair`, `2 pairs` of `pair(s)`
 
 @dataclass
 class Told:
@@ -569,9 +569,9 @@ class Told:
         say = dict(told='new label(s)', corrected='corrected label(s), the old kept', rejected='rejection(s)', same='known already',
                    older='older version(s) of labels that were corrected since, left alone', labelled='rejection(s) of labeled pairs, left alone')
         say |= {'not asked': 'rejection(s) of pairs that are not out, left alone'}
-        lines = [many(len(self.took[k]), v) for k, v in say.items() if self.took.get(k)]
+        lines = [_many(len(self.took[k]), v) for k, v in say.items() if self.took.get(k)]
         lines += [f'{len(self.refused)} refused:', *(f'  {task}: {why}' for task, why in self.refused)] if self.refused else []
-        return '\n'.join([*(lines or ['nothing']), f"{many(self.missing, 'pair(s)')} of the batch {'is' if self.missing == 1 else 'are'} still out"])
+        return '\n'.join([*(lines or ['nothing']), f"{_many(self.missing, 'pair(s)')} of the batch {'is' if self.missing == 1 else 'are'} still out"])
 
 # %% ../../nbs/82_annotate.project.ipynb #2ba3e515
 def tell(
@@ -700,7 +700,7 @@ def curve(
                               **{t: next(iter(m.values())) for t, m in measured[str(r)].items()}) for r in rounds])
 
 # %% ../../nbs/82_annotate.project.ipynb #5809b483
-def amount(x:float)->str: return f'{round(x, 2) or x:.10g}' # of money: two digits after the point, where there are any
+def _amount(x:float)->str: return f'{round(x, 2) or x:.10g}' # of money: two digits after the point, where there are any
 
 @dataclass(frozen=True)
 class Hint:
@@ -722,13 +722,13 @@ def stopping_hint(
     n = len(points)
     if n > 2 and not money: return Hint(None, None, "nothing is left to buy, so there is no hint when to stop")
     if n < 3 or points['quality'].isna().any() or points.worth.nunique() < 3:
-        return Hint(None, None, f"too early for a hint when to stop: {many(n, 'network(s)')} measured so far, a curve needs 3 with different labels")
+        return Hint(None, None, f"too early for a hint when to stop: {_many(n, 'network(s)')} measured so far, a curve needs 3 with different labels")
     w, q = points.worth.to_numpy(), points['quality'].to_numpy()
     b = np.polyfit(np.log(w), q, 1)[0]
     gain, so_far = max(b, 0)*np.log1p(money/w[-1])/money, (q[-1] - q[0])/(w[-1] - w[0])
     least = min_gain or max(so_far, 0)/10
     law = "An extrapolation of {n} networks by a + b log(labels), on few held-out images: look at the curve before you believe it"
-    return Hint(float(gain), float(least), f"{'stop? ' if gain < least else ''}the next {amount(money)} {unit} are expected to bring "
+    return Hint(float(gain), float(least), f"{'stop? ' if gain < least else ''}the next {_amount(money)} {unit} are expected to bring "
                 f"{gain*money:.2g} % of quality, {gain:.2g} % for each: {'below' if gain < least else 'above'} {least:.2g} %, which is "
                 f"{'what you set' if min_gain else 'a tenth of what each brought so far'}. {law.format(n=n)}")
 
@@ -747,8 +747,8 @@ class Status:
 
     def __str__(self):
         t = self.tasks
-        spent, out = f'spent: {amount(t.spent.sum())} {self.unit}', int(t.out.sum())
-        where = many(self.batches, 'batch(es)') + f"; {many(out, 'pair(s)')} {'is' if out == 1 else 'are'} out"*(out > 0)
+        spent, out = f'spent: {_amount(t.spent.sum())} {self.unit}', int(t.out.sum())
+        where = _many(self.batches, 'batch(es)') + f"; {_many(out, 'pair(s)')} {'is' if out == 1 else 'are'} out"*(out > 0)
         table = t.assign(price=t.price.map('{:.4g}'.format), spent=t.spent.map('{:.5g}'.format)).to_string()
         return '\n'.join([table, f'{spent}, {where}', f'next: {self.next}', *(['', self.about] if len(self.points) else []), self.hint.says])
 
@@ -787,9 +787,9 @@ def _forecast(p:Project, pool:Pool, prices:Prices, money:float, wish:float)->str
         picks = _picked(p, pool, prices, dict(money=money), np.random.default_rng(0), _scores(p, scored[-1]) if scored else None)
     except ValueError as e: return str(e)
     n = np.bincount(picks.index[:, 1], minlength=len(p.tasks))
-    cost, less = amount(price_of(picks, pool, prices).sum()), f' of {amount(wish)}, for no more is open,'*(wish > money)
-    return (f"{amount(money)} {p.prices.unit}{less} buy {', '.join(f'{v} {t.name}' for v, t in zip(n, p.tasks) if v)}"
-            f"{'' if cost == amount(money) else f' for {cost}'}, "
+    cost, less = _amount(price_of(picks, pool, prices).sum()), f' of {_amount(wish)}, for no more is open,'*(wish > money)
+    return (f"{_amount(money)} {p.prices.unit}{less} buy {', '.join(f'{v} {t.name}' for v, t in zip(n, p.tasks) if v)}"
+            f"{'' if cost == _amount(money) else f' for {cost}'}, "
             + (f'by the scores of round {scored[-1]}' if scored else 'drawn by lot, for nothing was scored yet'))
 
 # %% ../../nbs/82_annotate.project.ipynb #4d8a60fb
