@@ -20,12 +20,14 @@ import time
 import tracemalloc
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Callable
 from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -427,7 +429,8 @@ PARTS = dict( # step -> what comes before it, and the step
     ledger=([], _start),
     score=([_start], _score),
     select=([_start, _score], lambda r: loop._select(r, 0, None)),
-    report=([], _report))
+    report=([], _report),
+    names=([], lambda r: pd.Index(r.pool.images).get_indexer(r.pool.images))) # what the others can't do without
 
 def _peak_mb(reset:bool=False)->float: # of this process; where Linux tells it, since it was last reset
     status = Path('/proc/self/status')
@@ -458,11 +461,14 @@ def grow_point(
 def growth(
     sizes:tuple[int, ...]=(1_000, 10_000, 100_000, 1_000_000), # images of a pool
     parts:tuple[str, ...]=tuple(PARTS),
-)->list[dict]: # of `grow_point`
+    turns:int=3, # how often each is measured
+)->list[dict]: # of `grow_point`, medians
     "Every step at every size, each in a fresh process"
     code = 'import json, sys, partal_nb.bench as b; print(json.dumps(b.grow_point(sys.argv[1], int(sys.argv[2]))))'
     point = lambda *args: subprocess.run([sys.executable, '-c', code, *map(str, args)], check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [json.loads(point(part, N).splitlines()[-1]) for part in parts for N in sizes]
+    found = {at: [] for at in product(parts, sizes)}
+    for _, at in product(range(turns), found): found[at].append(json.loads(point(*at).splitlines()[-1]))
+    return [p[0] | {k: float(np.median([q[k] for q in p])) for k in ('seconds', 'mb')} for p in found.values()]
 
 def slopes(
     points:list[dict], # of `growth`
@@ -518,7 +524,7 @@ def bench(
         made['lines'].append(measure(name, quick))
         say(row(made['lines'][-1]))
         if out: write_json(out, made)
-    if grow: made['growth'] = growth((100, 1_000) if quick else (1_000, 10_000, 100_000, 1_000_000))
+    if grow: made['growth'] = growth(**dict(sizes=(100, 1_000), turns=1) if quick else {})
     if out: write_json(out, made)
     return made
 

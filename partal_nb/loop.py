@@ -6,7 +6,6 @@
 __all__ = ['about_machine', 'split_images', 'Run', 'check_run', 'load_data', 'open_run', 'read_scores', 'run', 'load_model']
 
 # %% ../nbs/60_loop.ipynb #31756fbc
-import io
 import json
 import os
 import platform
@@ -36,7 +35,7 @@ from .learner import Constant, Pseudo, evaluate, load_checkpoint, save_checkpoin
 from .model.encoder import Encoder
 from .model.padnet import PADNet, make_model
 from .select.budget import Prices, check_ranking, least_total, parse_prices, price_of, spend
-from .select.strategy import Picks, Pool, Scores, get_strategy, select
+from .select.strategy import Picks, Pool, Scores, get_strategy, pair_matrix, select, write_scores
 from .uncertainty.quality import image_errors, uncertainty_quality
 from .uncertainty.score import foretold_losses, normalize, pool_features, score_pool
 
@@ -282,7 +281,7 @@ def _pseudo(run:Run, r:int)->Pseudo:
     "Guesses of the round before, told all that was labelled since"
     before = make_model(replace(run.config, pretrained=False), run.pool.tasks).to(pick_device(run.config.device))
     load_checkpoint(run.file('round-{}.safetensors', r - 1), before)
-    trust = run.config.pseudo*(1 - np.clip(_table(read_scores(run.folder, r - 1), run, 'norm'), 0, 1))
+    trust = run.config.pseudo*(1 - np.clip(_scores(run, r - 1, 'norm')[0], 0, 1))
     return Pseudo(before, run.pool, run.ledger.labelled(r), np.where(np.isnan(trust), 0., trust))
 
 def _train_all(run:Run, r:int)->tuple[list[PADNet], dict]: # the networks that the estimator asks, the round's own first
@@ -331,9 +330,8 @@ def read_scores(
         raise FileNotFoundError(f"{path}: no such scores; a strategy that does not look at scores writes none, nor does the last round")
     return pd.read_parquet(path)
 
-def _table(scores:pd.DataFrame, run:Run, column:str='raw')->np.ndarray: # (N, K)
-    table = scores.pivot(index='image', columns='task', values=column)
-    return table.reindex(index=list(run.pool.images), columns=[t.name for t in run.pool.tasks]).to_numpy()
+def _scores(run:Run, r:int, *columns:str)->list[np.ndarray]: # (N, K) each
+    return pair_matrix(read_scores(run.folder, r), columns, run.pool)
 
 # %% ../nbs/60_loop.ipynb #81a03bdc
 def _measure_name(config:RunConfig)->str:
@@ -354,14 +352,10 @@ def _score(run:Run, r:int, models:list[PADNet])->dict: # by task, the mean score
     known = labelled & ~start if cfg.inject_score else np.zeros_like(labelled)
     raw = _raw_scores(run, r, models, open | start, known)
     anchor, raw = np.nanmean(np.where(start, raw, np.nan), 0), np.where(open, raw, np.nan)
-    first = raw if r == 0 else _table(read_scores(run.folder, 0), run)
+    first = raw if r == 0 else _scores(run, 0, 'raw')[0]
     drift = anchor - _first_anchor(run) if r and cfg.normalizer == 'anchor' else 0.
     norm = normalize(raw, first, cfg.normalizer, drift, tasks)
-    n, k = np.nonzero(open)
-    table = pd.DataFrame(dict(image=np.array(run.pool.images)[n], task=np.array(tasks)[k], raw=raw[n, k], norm=norm[n, k]))
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    write_atomic(run.file('scores-{}.parquet', r), buffer.getvalue())
+    write_scores(run.file('scores-{}.parquet', r), Scores(raw, norm), run.pool)
     mean = lambda v: float(np.nanmean(v)) if np.isfinite(v).any() else None # None: the task is bought up
     return {t: dict(start=float(anchor[k]), pool=mean(raw[:, k]), norm=mean(norm[:, k])) for k, t in enumerate(tasks)}
 
@@ -373,7 +367,7 @@ def _first_anchor(run:Run)->np.ndarray: # (K,), nats
 def _select(run:Run, r:int, model:PADNet)->list: # [image, task, score] of every pick
     cfg, labelled = run.config, run.ledger.labelled(r)
     pool, raw, norm, features = Pool(run.pool.images, run.pool.tasks, labelled, run.pool.available), *[np.full(labelled.shape, np.nan)]*2, None
-    if _scored(cfg): raw, norm = (_table(read_scores(run.folder, r), run, column) for column in ('raw', 'norm'))
+    if _scored(cfg): raw, norm = _scores(run, r, 'raw', 'norm')
     if get_strategy(cfg.strategy).needs == 'features': features = pool_features(model, run.pool, progress=run.progress)
     picks = _buy(run, r, Scores(raw, norm, features), pool)
     return [[p.image, p.task, s if np.isfinite(s) else None] for p, s in zip(picks.pairs(pool), picks.score.tolist())]

@@ -26,7 +26,7 @@ from ..core import Pair, RunConfig, Task, config_from_dict, derive_seed, inside,
 from ..data.ledger import AFTER, Entry, Ledger
 from ..journal import Steps
 from ..select.budget import Prices, check_ranking, learn_prices, least_total, price_of, prices_from_dict, spend
-from ..select.strategy import Pool, Scores, get_strategy
+from ..select.strategy import Pool, Scores, get_strategy, pair_matrix, write_scores
 
 # %% ../../nbs/82_annotate.project.ipynb #50bc89d7
 _TOP = dict(tasks=[], unit='labels', per_hour=0., open=0., cap=0)
@@ -470,23 +470,16 @@ def _unsure(p:Project)->dict: # how scores and pictures of uncertainty are made
                 measure='disagreement' if needs in ('disagreement', 'inconsistency') else 'entropy')
 
 def _score(p:Project, arrays, r:int, model, progress:bool)->str: # the name of the file it wrote
-    import io
     from partal_nb.uncertainty.score import normalize, score_pool
     known, cfg, names = arrays.available, p.config, tuple(t.name for t in p.tasks)
     inject, seed = known & cfg.inject_score, derive_seed(cfg.seed, 'score', r)
     raw = score_pool(model, arrays, ~known, inject, cfg.passes, seed, progress=progress, **_unsure(p))
     first = next((q for q in _networks(p, r - 1) if p.file('rounds/{}.parquet', q).exists()), None)
-    base = raw if first is None else _matrix(p, pd.read_parquet(p.file('rounds/{}.parquet', first)), 'raw')
-    norm, (n, k) = normalize(raw, base, cfg.normalizer, tasks=names), np.nonzero(~known)
-    table = pd.DataFrame(dict(image=np.array(p.images)[n], task=np.array(names)[k], raw=raw[n, k], norm=norm[n, k]))
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    write_atomic(p.file('rounds/{}.parquet', r), buffer.getvalue())
+    base = raw if first is None else pair_matrix(pd.read_parquet(p.file('rounds/{}.parquet', first)), ['raw'], p)[0]
+    write_scores(p.file('rounds/{}.parquet', r), Scores(raw, normalize(raw, base, cfg.normalizer, tasks=names)), p)
     return f'{r:03}.parquet'
 
-def _matrix(p:Project, scores:pd.DataFrame, column:str)->np.ndarray: # (N, K), NaN where there is none
-    table = scores.pivot(index='image', columns='task', values=column)
-    return table.reindex(index=list(p.images), columns=[t.name for t in p.tasks]).to_numpy()
+
 
 # %% ../../nbs/82_annotate.project.ipynb #fc0ca5e5
 def _picked(p:Project, pool:Pool, prices:Prices, wish:dict, rng, scores:Scores|None):
@@ -509,8 +502,7 @@ def _select(p:Project, ledger:Ledger, pool:Pool, r:int, wish:dict, young:list)->
             for n, (pair, s, c, l) in enumerate(zip(picks.pairs(pool), picks.score, price, label))]
 
 def _scores(p:Project, r:int)->Scores:
-    table = pd.read_parquet(p.file('rounds/{}.parquet', r))
-    return Scores(_matrix(p, table, 'raw'), _matrix(p, table, 'norm'))
+    return Scores(*pair_matrix(pd.read_parquet(p.file('rounds/{}.parquet', r)), ['raw', 'norm'], p))
 
 def _why(p:Project, pool:Pool, pair:Pair, scores:Scores|None, rank:int)->str:
     if scores is None: return f"start batch: drawn by lot, {pair.task} has too few labels to train on"

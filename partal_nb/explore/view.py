@@ -48,7 +48,7 @@ from ..journal import read_journal
 from ..learner import load_checkpoint, snapshot_path
 from ..loop import load_data, load_model, read_scores, run
 from ..look import DEPTH_RANGE, paint
-from ..select.strategy import Scores, get_strategy
+from ..select.strategy import Scores, get_strategy, pair_matrix
 from ..uncertainty.quality import image_errors
 from ..uncertainty.score import entropy_maps, foretold_losses, normalize, pool_features, score_pool
 
@@ -91,19 +91,15 @@ def note(self:Opened)->str: # empty if there is nothing
     done, all = len(self.rounds), self.config.rounds + 1
     return '' if done == all else f'{done} of {all} rounds are finished, and only they are shown; the same command again goes on with the run.'
 
-def _table(rows:pd.DataFrame, column:str, arrays:Arrays)->np.ndarray: # (N, K), NaN where there is none
-    table = rows.pivot(index='image', columns='task', values=column)
-    return table.reindex(index=list(arrays.images), columns=[t.name for t in arrays.tasks]).to_numpy(float)
-
 @patch
 def _since(self:Opened)->np.ndarray: # (N, K) int: 0 for the start, r for the purchase after round r - 1, -1 while open
-    rounds = _table(self.events, 'round', self.pool)
+    rounds, = pair_matrix(self.events, ['round'], self.pool)
     return np.where(np.isnan(rounds), -1, rounds).astype(int)
 
 @patch
 def costs(self:Opened)->np.ndarray: # (N, K), NaN while open
     "What each label cost"
-    return _table(self.events, 'cost', self.pool)
+    return pair_matrix(self.events, ['cost'], self.pool)[0]
 
 @patch
 def labelled(self:Opened, round:int)->np.ndarray: # (N, K) bool
@@ -196,7 +192,7 @@ def _features(self:Opened, round:int)->np.ndarray: return pool_features(self.mod
 def _stored(self:Opened, round:int)->Scores:
     table, open = read_scores(self.folder, round), ~self.labelled(round) & self.pool.available
     says = f"scores-{round}.parquet can't be used"
-    try: found = Scores(*(_table(table, column, self.pool) for column in ('raw', 'norm')))
+    try: found = Scores(*pair_matrix(table, ['raw', 'norm'], self.pool))
     except (KeyError, ValueError) as e: raise ValueError(f"{says}: {e}; it is torn or of another version") from e
     n = int(np.isnan(found.norm[open]).sum())
     if n: raise ValueError(f"{says}: {n} of {open.sum()} open pairs have no score in it; it is of another run, or older than the ledger")
