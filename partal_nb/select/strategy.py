@@ -130,11 +130,12 @@ def top_pairs(
     if len(at) < budget: at = np.flatnonzero(open)
     v = flat[at]
     least = np.partition(v, len(v) - budget)[len(v) - budget]
-    above, tied = at[v > least], at[v == least]
+    above, tied = np.flatnonzero(v > least), np.flatnonzero(v == least)
     chosen = np.concatenate([above, rng.choice(tied, budget - len(above), replace=False)])
-    del at, v, above, tied # the sort needs room
-    chosen = chosen[_descending(flat[chosen])]
-    return Picks(np.stack(np.unravel_index(chosen, open.shape), 1), flat[chosen])
+    at, v = at[chosen], v[chosen]
+    del above, tied, chosen # the sort needs room
+    order = _descending(v)
+    return Picks(np.stack(np.divmod(at[order], open.shape[1]), 1), v[order])
 
 # %% ../../nbs/50_select.strategy.ipynb #a71a6242
 def top_images(
