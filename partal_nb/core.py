@@ -133,7 +133,7 @@ class BuyConfig:
     labels_from:str=''           # folder of a run whose labels this one starts from, in place of `start_images`
     step_pairs:int=240           # pairs bought a round: images × tasks (NYUv2: 80 × 3, PASCAL: 300 × 5)
     rounds:int=5                 # purchases; the network is trained once more after the last
-    passes:int=10                # T, stochastic passes of MC dropout: five order images as well, more make better maps
+    passes:int=10                # T, stochastic passes of MC dropout: five rank images as well, more make better maps
     inject_score:bool=True       # known modalities of an image are injected while its others are scored (paper, section 3.1)
     estimator:str='mc_dropout'   # what the passes differ by; also `masksembles`, `ensemble`, `snapshots`, `inconsistency`
     members:int=4                # networks of an ensemble, snapshots of one training, masks of Masksembles
@@ -219,7 +219,7 @@ PRESETS = dict(
               lr=1e-3, augment='flip', tasks=('semseg', 'depth', 'normals')),
     rooms=dict(height=48, width=64, pool_images=400, test_images=200, start_images=20, step_pairs=60, features=32, lr=1e-3, augment='flip',
                warm_start=True, train_by='steps', train_for=400, # each round goes on from the last: 250 looks, cold, were far from a plateau
-               tasks=('semseg', 'depth', 'normals')), # a strategy with five seeds: about 15 minutes on two CPU cores
+               tasks=('semseg', 'depth', 'normals')), # a strategy with five seeds: about half an hour on two CPU cores
     nyuv2_small=dict(data='', height=144, width=192, tasks=('semseg', 'depth', 'normals'), features=48, lr=1e-3, train_for=30),
     nyuv2=dict(data='', height=480, width=640, tasks=('semseg', 'depth', 'normals'), encoder='hrnet_w18_small_v2', features=256),
     pascal=dict(data='', height=512, width=512, tasks=('semseg', 'parts', 'saliency', 'edges', 'normals'), encoder='hrnet_w18_small_v2', features=256,

@@ -11,14 +11,14 @@ __all__ = ['COLUMNS', 'STYLES', 'STEP_COLORS', 'AXES', 'Run', 'read_run', 'run_f
 import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .core import LOWER_IS_BETTER, METRIC_NAMES, TASK_COLORS, Task, task_from_dict, write_atomic
+from .core import LOWER_IS_BETTER, METRIC_NAMES, PRESETS, TASK_COLORS, Task, config_from_dict, preset, task_from_dict, write_atomic
 from .journal import read_journal
 
 # %% ../nbs/80_report.ipynb #6113c177
@@ -353,19 +353,35 @@ def commands(
         groups.setdefault(tuple(None if i in own else w for i, w in enumerate(words)), []).append((words, about))
     return [_line_of(runs) for runs in groups.values()]
 
+def _since(words:list[str], about:dict)->str: # empty: nothing
+    "What a run's command lacks now, since its preset has changed"
+    config, said = asdict(config_from_dict(about['config'])), {v.partition('=')[0] for w, v in zip(words, words[1:]) if w == '--set'}
+    if config['preset'] not in PRESETS: return ''
+    now = asdict(preset(config['preset']))
+    lacks = [f'{k}={json.dumps(v)}' for k, v in config.items() if v != now[k] and k not in said | {'preset', *_FREE}]
+    return f"; the preset has changed since, add `{shlex.join(w for v in lacks for w in ('--set', v))}`" if lacks else ''
+
 def _line_of(runs:list)->str:
     given = [next((w[i + 1] for i, x in enumerate(w[:-1]) if x == '--out'), '') for w, _ in runs]
     command, about = shlex.join(runs[0][0]), runs[0][1]
-    made = f"commit {about.get('commit', '')}, on {about.get('machine', {}).get('device', 'unknown device')}"
+    made = f"commit {about.get('commit', '')}, on {about.get('machine', {}).get('device', 'unknown device')}" + _since(*runs[0])
     if len(runs) == 1: return f"- `{command}` (config {about.get('hash', '')}, seed {about['config']['seed']}, {made})"
     others = ', '.join(f"{a['config']['strategy']} {a['config']['seed']}" for _, a in runs[1:])
     return f"- `{command}` ({made}), and so with the other strategies and seeds: {others}" + '; each command is in its `config.json`'*any(given)
+
+# %% ../nbs/80_report.ipynb #49133a37
+def _time(folders:list[Path])->str: # a line of Markdown
+    "How long some runs took, by their journals; who shared the machine with them is not known"
+    seconds = sum(sum(l['seconds'].values()) for f in folders for l in read_journal(f))
+    threads = {json.loads((f/'config.json').read_text('utf-8')).get('machine', {}).get('threads') for f in folders} - {None}
+    text = f"- {len(folders)} run{'s, together' if len(folders) > 1 else ','} {seconds/3600:.1f} hours"
+    return text + f", threads: {' or '.join(map(str, sorted(threads)))}"*bool(threads)
 
 def _study(folder:Path)->str: # Markdown
     folders = sorted(p.parent for p in folder.glob('*/config.json'))
     study = read_study(folders)
     table = markdown_table(study.table, study.runs[0].rounds[0].get('constant', {}), study.reference())
-    return f'**{folder.name}**\n\n{table}\n\n' + '\n'.join(commands(folders))
+    return f'**{folder.name}**\n\n{table}\n\n' + '\n'.join([*commands(folders), _time(folders)])
 
 # %% ../nbs/80_report.ipynb #5ab1fcdf
 def update_results(
