@@ -66,6 +66,8 @@ def _check_task(t:Task):
         if got not in fit: raise ValueError(f"task {t.name!r}: {what} {got!r} does not fit kind {t.kind!r}; there are {fit}")
     if t.kind == 'categorical' and t.classes and len(t.classes) != t.channels:
         raise ValueError(f"task {t.name!r}: {len(t.classes)} class names for {t.channels} channels")
+    if t.ignore and t.kind == 'regression' and (t.loss == 'l1_unit' or t.unit == 'm'):
+        raise ValueError(f"task {t.name!r}: ignore {t.ignore:g}, but vectors and distances are void where they are 0; set ignore=0")
     if t.channels < 1 or t.weight <= 0 or t.cost < 0: raise ValueError(f"task {t.name!r}: channels >= 1, weight > 0, cost >= 0")
 
 # %% ../nbs/00_core.ipynb #cbe22aa9

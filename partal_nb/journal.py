@@ -64,7 +64,8 @@ def is_finished(
 )->bool:
     "Does `folder` hold this very run, with all its rounds?"
     path = Path(folder)/'config.json'
-    if not path.exists() or json.loads(path.read_text())['hash'] != config_hash(config): return False
+    if not path.exists() or (about := json.loads(path.read_text('utf-8')))['hash'] != config_hash(config): return False
+    if about['config']['data'] != config.data: return False # whether the same data moved, or these are others, who opens the run finds out
     return len(read_journal(folder)) == config.rounds + 1
 
 # %% ../nbs/55_journal.ipynb #e6dd1037

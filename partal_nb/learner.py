@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -152,6 +153,7 @@ def make_accelerator(
     device = pick_device(config.device)
     if device.type == 'cuda': torch.cuda.set_device(device.index or 0)
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported())
+    AcceleratorState._reset_state(reset_partial_state=True) # else a process keeps its first device and precision
     return Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if bf16 else 'no')
 
 # %% ../nbs/30_learner.ipynb #07a746e4
@@ -292,6 +294,7 @@ def evaluate(
     inject:tuple[str, ...]=(),   # tasks whose true labels are injected
     batch_size:int=16,           # images at a time
     progress:bool=True,          # show a bar
+    leave_out:bool=False,        # tasks of which no image has a label, which is an error else
 )->dict[str, dict[str, float]]: # the metrics of each task, its main one first
     "The metrics of every task"
     if unknown := set(inject) - {t.name for t in arrays.tasks}:
@@ -304,7 +307,7 @@ def evaluate(
         x = (rgb.to(device).float()/255).contiguous(memory_format=torch.channels_last)
         final = model(x, {k: labels[k] for k in inject} or None).final
         for name, m in meters.items(): m.update(final[name], labels[name])
-    return {name: m.compute() for name, m in meters.items()}
+    return {name: m.compute() for name, m in meters.items() if not (leave_out and m.empty)}
 
 # %% ../nbs/30_learner.ipynb #2a9027d5
 class Constant(nn.Module):
@@ -322,7 +325,7 @@ class Constant(nn.Module):
             y = y[(y != task.ignore).any(1)]
             pixels += len(y)
             total += y.double().sum(0) if task.kind == 'regression' else torch.bincount(y[:, 0].long(), minlength=len(total))
-        if task.kind == 'binary': return (total[1:]/total.sum()).logit().float()
+        if task.kind == 'binary': return ((total[1:] + 1)/(total.sum() + 2)).logit().float() # Laplace's rule: finite even if all labels are alike
         return (total/max(pixels, 1)).float()
 
     def forward(self, x:Tensor, inject=None):

@@ -37,6 +37,9 @@ class Meter:
         sums = self.measure(pred, target, (target != t.ignore).any(1, keepdim=True))
         self.state = torch.cat([bad[None], sums]) + (0 if self.state is None else self.state)
 
+    @property
+    def empty(self)->bool: return self.state is None or not self.state[1] # was nothing that was added labelled
+
     def compute(self)->dict[str, float]: # the first is `task.metric`
         "The metrics of all that was added"
         bad, count, *_ = [0., 0.] if self.state is None else self.state.tolist()

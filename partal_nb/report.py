@@ -99,11 +99,16 @@ def _check_alike(runs:list[Run]):
     if twice := sorted({w for w in who if who.count(w) > 1}): raise ValueError(f"(strategy, seed) {twice}: expected once, got more; drop the copies")
 
 # %% ../nbs/80_report.ipynb #7174f438
+def _read_all(folders:Iterable)->list[Run]: # named after their folders, with the whole path where two have one name
+    found = {str(f): read_run(f) for f in folders}
+    names = [r.name for r in found.values()]
+    return [replace(r, name=f) if names.count(r.name) > 1 else r for f, r in found.items()]
+
 def read_runs(
     folders:Iterable, # of runs that differ in strategy and seed only
 )->pd.DataFrame: # with `COLUMNS`
     "All metrics of the runs in `folders`, a row each"
-    runs = [read_run(f) for f in folders]
+    runs = _read_all(folders)
     _check_alike(runs)
     return tidy(runs)
 
@@ -152,7 +157,7 @@ def read_study(
     folders:Iterable, # of runs that differ in strategy and seed only, and of their references
 )->Study:
     "Runs and their references"
-    every = [read_run(f) for f in folders]
+    every = _read_all(folders)
     runs = [r for r in every if r.config['rounds']] or every
     rest = [r for r in every if r not in runs]
     _check_alike(runs)

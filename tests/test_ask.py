@@ -80,6 +80,21 @@ def parts(p, number=1): # batch, its queries by task
 
 # Out
 
+def test_an_image_is_opened_and_paid_for_once(tmp_path):
+    path = tasks_file(tmp_path)
+    path.write_text('open = 5\n' + path.read_text())
+    p = init(photos(tmp_path/'photos', labelled=0), tmp_path/'project', path, **TINY)
+    queries = ask(p.folder, budget=20, progress=False).queries
+    price = {Pair(q['image'], q['task']): q['price'] - q['opening'] for q in queries}
+    opener = next(q for q in queries if q['opening'] and sum(o['image'] == q['image'] for o in queries) > 1)
+    later = [q for q in queries if q is not opener] # the label that was to pay for opening its image comes last
+    for k, some in enumerate((later, [opener])): tell(p.folder, 1, answer(tmp_path/str(k), some))
+    told = events(p).query("kind == 'told'")
+    assert told.cost.sum() == sum(price.values()) + 5*len({pair.image for pair in price})
+    pair = Pair(opener['image'], opener['task'])
+    tell(p.folder, 1, answer(tmp_path/'better', [opener], lambda i, t: next(r[t] for j, r in TRUTH.items() if j != i)))
+    assert events(p).query("kind == 'corrected'").cost.tolist() == [price[pair]]
+
 def test_a_batch(asked):
     "Images at their own size, guesses in the task's format, pictures of where to look; CSV and JSON say the same"
     batch, by_task = parts(asked)

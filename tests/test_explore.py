@@ -182,11 +182,11 @@ def try_entropy(page, look):
 def try_selection(page, look):
     plot = figure(page)
     bought = reasons(look, 0)
-    assert titles(plot)[0].startswith('15 of 30 pairs are labeled, for 15 pairs')
+    assert titles(plot)[0].startswith('15 of 30 pairs are labeled, for 15 labels')
     page.get_by_text('6 of them were bought by the run').wait_for() # its own money and prices, in spite of how a browser rounds a slider
     assert f'1. {look.tasks[bought[0].task].name} of {look.pool.images[bought[0].image]}' in titles(plot)
     image, task = (int(i[0]) for i in (look.since() == 0).nonzero())
-    point(page, plot, '', image, task, f'{look.tasks[task].name} of image {look.pool.images[image]}: start, for 1 pair')
+    point(page, plot, '', image, task, f'{look.tasks[task].name} of image {look.pool.images[image]}: start, for 1 label')
     marks = lambda: plot.locator('.scatterlayer .point').count()
     assert marks() == 6
     slide(page, 'budget, pairs')

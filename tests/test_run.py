@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from errno import ENOSPC
 from functools import partial
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 from partal_nb import loop
 from partal_nb.core import preset, write_json
-from partal_nb.data.ledger import Ledger
+from partal_nb.data.ledger import Ledger, read_labelled
 from partal_nb.data.sources import prepare_rooms
 from partal_nb.data.store import INDEX, Store, png_bytes
 from partal_nb.journal import is_finished, read_journal
@@ -326,3 +327,17 @@ def test_the_folder_of_another_run(tmp_path, data, monkeypatch):
     for changes, says in ((dict(seed=1), "it has {'seed': 0}: choose another --out"), (dict(data=str(data)), 'holds a run on')):
         with pytest.raises(ValueError) as e: run(replace(TINY, **changes), folder, progress=False)
         assert says in str(e.value) and contents(folder) == before
+
+def test_labels_of_another_run_are_injected(tmp_path, monkeypatch):
+    "Images that another run left labeled in part are told what is known of them while the rest is scored"
+    seen, score_pool = [], loop.score_pool
+    def watched(models, pool, pairs, known, *rest, **kw):
+        seen.append((pairs, known))
+        return score_pool(models, pool, pairs, known, *rest, **kw)
+    monkeypatch.setattr(loop, 'score_pool', watched)
+    run(replace(TINY, strategy='random_pairs', rounds=1), tmp_path/'first', progress=False)
+    assert not seen
+    run(replace(TINY, labels_from=str(tmp_path/'first'), rounds=1), tmp_path/'on', progress=False)
+    had = Counter(pair.image for pair in read_labelled(tmp_path/'first/ledger.db'))
+    (pairs, known), = seen
+    assert sorted(known.sum(1)[known.any(1)]) == sorted(n for n in had.values() if n < 3) != [] and pairs[known.any(1)].all()

@@ -459,7 +459,7 @@ def _measure(p:Project, test, r:int, model)->dict: # round -> task -> metric -> 
     found, test, device = {}, replace(test, tasks=tasks), next(model.parameters()).device
     for q in (_networks(p, r) if tasks else []):
         load_checkpoint(p.file('rounds/{}.safetensors', q), model.to(device))
-        found[str(q)] = evaluate(model, test, progress=False)
+        found[str(q)] = evaluate(model, test, progress=False, leave_out=True) # held out images of parts may show nobody
     load_checkpoint(p.file('rounds/{}.safetensors', r), model)
     return dict(images={t.name: int(n) for t, n in zip(p.tasks, replace(test, tasks=p.tasks).available.sum(0))}, rounds=found)
 
@@ -583,7 +583,7 @@ def tell(
         if not _is_asked(ledger, batch):
             raise ValueError(f"batch {batch} is not finished; give `partal ask` again")
         answers, told = _read(p, queries, path, task, format), Told()
-        entries = _entries(p, queries, answers, told)
+        entries = _entries(p, queries, answers, told, {e.image for e in ledger.events().itertuples() if e.kind in ('told', 'corrected')})
         for e, became in zip(entries, ledger.tell(entries, batch, who)): told.took.setdefault(became, []).append(Pair(e.image, e.task))
         state = ledger.state()
     told.missing = sum(state[pair].kind == 'asked' and state[pair].round == batch for pair in queries)
@@ -628,7 +628,7 @@ def _looks(task:Task, where, detect_format)->str:
     return found if FORMATS[found].fits(task) else plain
 
 # %% ../../nbs/82_annotate.project.ipynb #13e657a5
-def _entries(p:Project, queries:dict, answers:list, told:Told)->list[Entry]:
+def _entries(p:Project, queries:dict, answers:list, told:Told, opened:set[str])->list[Entry]: # opened: images with a label
     "What the ledger is to keep; labels are written, problems go to `told.refused`"
     found, entries = {}, []
     for a, ordered in answers:
@@ -639,7 +639,8 @@ def _entries(p:Project, queries:dict, answers:list, told:Told)->list[Entry]:
         if ordered: entries += some
         elif len({(e.sha256, e.reason) for e in some}) == 1: entries.append(some[0])
         else: told.refused.append((pair.task, f"image {pair.image!r} was answered {len(some)} times, not alike; leave one"))
-    return entries
+    first = {e.image: i for i, e in reversed(list(enumerate(entries))) if e.sha256 and e.image not in opened} # opening is paid with it, and once
+    return [e._replace(cost=e.cost + p.prices.open) if first.get(e.image) == i else e for i, e in enumerate(entries)]
 
 def _entry(p:Project, queries:dict, a)->Entry:
     if a.problem: raise ValueError(a.problem)
@@ -647,7 +648,7 @@ def _entry(p:Project, queries:dict, a)->Entry:
     if pair not in queries: raise ValueError(f"{a.source}: image {a.image!r} (task {a.task}) was not asked for in this batch")
     q, paid = queries[pair], None if a.minutes is None else _worth(p, a.minutes)
     if a.rejected: return Entry(*pair, '', paid or 0., a.minutes, a.rejected, a.who or '')
-    cost = q['price'] if paid is None else paid + q['opening']
+    cost = q['price'] - q['opening'] if paid is None else paid
     return Entry(*pair, keep_label(p, a.image, p.task(a.task), a.label), cost, a.minutes, '', a.who or '')
 
 # %% ../../nbs/82_annotate.project.ipynb #68bd9232

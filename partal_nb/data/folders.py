@@ -217,7 +217,7 @@ def _splits(path:Path, form:Form, images:list[str])->dict[str, list[str]]: # ids
     if not any(f.is_file() for f in lists): return dict(train=[i for k, i in enumerate(images) if k%5 != 4], test=images[4::5])
     for f in lists:
         if not f.is_file(): raise FileNotFoundError(f"no {f.name} in {f.parent}; it names the images of the split, an id a line")
-    train, test = (f.read_text().split() for f in lists)
+    train, test = ([i for line in f.read_text('utf-8').splitlines() if (i := line.strip())] for f in lists)
     if both := sorted(set(train) & set(test)): raise ValueError(f"{path}: {len(both)} images are listed for train and test, e.g. {both[:3]}")
     return dict(train=train, test=test)
 

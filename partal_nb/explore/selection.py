@@ -115,7 +115,7 @@ def board(
     since, last = run.since().T, int(max(run.since().max(), run.last))
     colors, names = round_colors(last), ['open', 'start', *(f'after round {i}' for i in range(last))]
     scale = [[(i + j)/len(colors), c] for i, c in enumerate(colors) for j in (0, 1)]
-    costs, unit = run.costs().T, own_prices(run).unit
+    costs, unit = run.costs().T, run.config.price_unit # of the ledger, whatever the budget counts
     of = lambda s, c: names[s + 1] + ('' if np.isnan(c) else f', for {amount(c, unit)}')
     says = np.array([[of(*pair) for pair in zip(*row)] for row in zip(since, costs)], dtype=object)
     H, left, bottom = TOP + 28 + 34*len(run.tasks) + 40, 70, 40
@@ -146,7 +146,7 @@ def counts_picture(
     H, half = 270, .47
     rounds = [i for i in range(len(run.rounds)) if sum(run.rounds[i]['bought'].values())]
     spent = run.events.groupby('round').cost.sum()
-    when = [f'{i}, for {amount(spent[i + 1], own_prices(run).unit)}' if len(rounds) < 6 else str(i) for i in rounds]
+    when = [f'{i}, for {amount(spent[i + 1], run.config.price_unit)}' if len(rounds) < 6 else str(i) for i in rounds]
     names, data = list(baskets), []
     for k, t in enumerate(run.tasks):
         of = [run.rounds[i]['bought'].get(t.name, 0) for i in rounds]

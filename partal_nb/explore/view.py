@@ -176,8 +176,9 @@ def reads(self:Opened)->str: # one of `UNITS`
 
 @patch
 def _measured(self:Opened, round:int, needs:str)->np.ndarray: # (N, K): the start images beside the open pairs, as a run scores
-    labelled, start, c = self.labelled(round), self.labelled(0), self.config
-    pairs, known = ~labelled & self.pool.available | start, labelled & ~start if c.inject_score else np.zeros_like(labelled)
+    labelled, c = self.labelled(round), self.config
+    open = ~labelled & self.pool.available
+    pairs, known = open | self.labelled(0), labelled & open.any(1, keepdims=True) & c.inject_score
     if needs == 'loss': return foretold_losses(self.model(round), self.pool, pairs, progress=self.progress)
     if needs == 'error': return np.where(pairs, image_errors(self.model(round), self.pool, inject=known), np.nan)
     estimator = 'inconsistency' if needs == 'inconsistency' else self.estimators(round)[0]
