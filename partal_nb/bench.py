@@ -20,7 +20,6 @@ import time
 import tracemalloc
 from collections import deque
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Callable
 from unittest import mock
@@ -443,32 +442,36 @@ def _prepare(part:str, N:int, folder:str):
     for f in PARTS[part][0]: f(r)
     r.ledger.close()
 
+# %% ../nbs/85_bench.ipynb #80c9af88
 def grow_point(
     part:str, # one of `PARTS`
     N:int,    # images of the pool
-)->dict: # part, images, seconds, and MB beyond what the process had before
+    turns:int=3, # how often
+)->dict: # part, images, the median of seconds, and MB beyond what the process had before the first turn
     "Time and memory of one step at one size, to be called in a process of its own"
+    seconds, mb, (before, step) = [], 0., PARTS[part]
     with tempfile.TemporaryDirectory() as d:
-        if PARTS[part][0]: subprocess.run([sys.executable, '-c', f'import partal_nb.bench as b; b._prepare({part!r}, {N}, {d!r})'], check=True)
-        r = _synthetic_run(Path(d), N)
-        had, began = _peak_mb(reset=True), time.perf_counter()
-        PARTS[part][1](r)
-        point = dict(part=part, images=N, seconds=time.perf_counter() - began, mb=max(0., _peak_mb() - had)) # what was freed before is used first
-        r.ledger.close()
-    return point
+        if before: subprocess.run([sys.executable, '-c', f'import partal_nb.bench as b; b._prepare({part!r}, {N}, {d!r})'], check=True)
+        for i in range(turns):
+            folder = Path(d)/('' if before else str(i)) # a step that others prepare can be repeated in their folder
+            folder.mkdir(exist_ok=True)
+            r = _synthetic_run(folder, N)
+            had, began = _peak_mb(reset=True), time.perf_counter()
+            step(r)
+            seconds.append(time.perf_counter() - began)
+            mb = mb if i else max(0., _peak_mb() - had) # what was freed before is used first
+            r.ledger.close()
+    return dict(part=part, images=N, seconds=float(np.median(seconds)), mb=mb)
 
 # %% ../nbs/85_bench.ipynb #29a788fc
 def growth(
     sizes:tuple[int, ...]=(1_000, 10_000, 100_000, 1_000_000), # images of a pool
     parts:tuple[str, ...]=tuple(PARTS),
-    turns:int=3, # how often each is measured
-)->list[dict]: # of `grow_point`, medians
+)->list[dict]: # of `grow_point`
     "Every step at every size, each in a fresh process"
     code = 'import json, sys, partal_nb.bench as b; print(json.dumps(b.grow_point(sys.argv[1], int(sys.argv[2]))))'
     point = lambda *args: subprocess.run([sys.executable, '-c', code, *map(str, args)], check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = {at: [] for at in product(parts, sizes)}
-    for _, at in product(range(turns), found): found[at].append(json.loads(point(*at).splitlines()[-1]))
-    return [p[0] | {k: float(np.median([q[k] for q in p])) for k in ('seconds', 'mb')} for p in found.values()]
+    return [json.loads(point(part, N).splitlines()[-1]) for part in parts for N in sizes]
 
 def slopes(
     points:list[dict], # of `growth`
@@ -524,7 +527,7 @@ def bench(
         made['lines'].append(measure(name, quick))
         say(row(made['lines'][-1]))
         if out: write_json(out, made)
-    if grow: made['growth'] = growth(**dict(sizes=(100, 1_000), turns=1) if quick else {})
+    if grow: made['growth'] = growth((100, 1_000) if quick else (1_000, 10_000, 100_000, 1_000_000))
     if out: write_json(out, made)
     return made
 
