@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Iterable, NamedTuple
 
-import numpy as np
-
 # %% ../nbs/00_core.ipynb #a88c7546
 KINDS = ('categorical', 'binary', 'regression')
 LOSSES = dict(cross_entropy='categorical', balanced_bce='binary', edge_bce='binary', l1='regression', l1_unit='regression')
@@ -280,6 +278,7 @@ def set_seed(
     seed:int, # any integer in [0, 2**63)
 ):
     "Seed Python, NumPy and PyTorch"
+    import numpy as np
     import torch
     random.seed(seed)
     np.random.seed(seed % 2**32)
