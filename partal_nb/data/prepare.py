@@ -8,6 +8,7 @@ __all__ = ['LAYOUTS', 'Layout', 'detect', 'open_source', 'prepare', 'open_data',
 # %% ../../nbs/16_data.prepare.ipynb #d757e2c3
 import hashlib
 import json
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -73,8 +74,8 @@ def prepare(
     layout = layout or detect(path)
     if options.get('derive') and layout in ('store', 'nyuv2_mat'):
         raise ValueError(f"{path} is in layout {layout!r}: tasks are derived only while a folder of files is read")
-    if layout != 'store': _same_source(Path(path), Path(out), layout)
-    return LAYOUTS[layout].prepare(Path(path), out, progress=progress, **options)
+    if layout == 'store': return LAYOUTS[layout].prepare(Path(path), out, progress=progress)
+    with _stamped(Path(path), Path(out), layout): return LAYOUTS[layout].prepare(Path(path), out, progress=progress, **options)
 
 # %% ../../nbs/16_data.prepare.ipynb #f7eae470
 def _stamp(path:Path, layout:str)->str: # changes with the place, the tasks, the splits and the files
@@ -86,13 +87,15 @@ def _stamp(path:Path, layout:str)->str: # changes with the place, the tasks, the
     says.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files) if f.is_file()])
     return hashlib.sha256(json.dumps(says).encode()).hexdigest()[:8]
 
-def _same_source(path:Path, out:Path, layout:str):
+@contextmanager
+def _stamped(path:Path, out:Path, layout:str):
     "Refuse to go on with what was begun from other files, or to give it out as these"
-    now, was = _stamp(path, layout), out/SOURCE
-    begun = any((out/f).exists() for f in (PLAN, INDEX))
-    if begun and was.exists() and was.read_text('utf-8') != now:
+    now, was, begun = _stamp(path, layout), out/SOURCE, lambda: any((out/f).exists() for f in (PLAN, INDEX))
+    if begun() and was.exists() and was.read_text('utf-8') != now:
         raise FileExistsError(f"{out} was made from files of {path} that have changed since; give a new folder to prepare into")
-    if begun or not out.exists() or not any(out.iterdir()): write_atomic(was, now.encode())
+    try: yield
+    finally:
+        if begun(): write_atomic(was, now.encode())
 
 # %% ../../nbs/16_data.prepare.ipynb #fabd402d
 def _rooms_version()->str: # another renderer or other tasks are another data set, and get a folder of their own in the cache

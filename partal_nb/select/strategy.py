@@ -101,7 +101,8 @@ def _check_values(value, pool):
 def _descending(v:np.ndarray)->np.ndarray: # positions
     "Order of `v` from high to low, equal values as they came"
     order = np.argsort(-v) # several times as fast as the stable kind, but it mixes equal values
-    same = np.concatenate([[False], v[order[1:]] == v[order[:-1]], [False]])
+    ordered = v[order]
+    same = np.concatenate([[False], ordered[1:] == ordered[:-1], [False]])
     tied = np.flatnonzero(same[1:] | same[:-1])
     run = np.cumsum(~same[:-1])[tied]
     order[tied] = order[tied][np.lexsort((order[tied], run))]
@@ -135,7 +136,8 @@ def top_pairs(
     at, v = at[chosen], v[chosen]
     del above, tied, chosen # the sort needs room
     order = _descending(v)
-    return Picks(np.stack(np.divmod(at[order], open.shape[1]), 1), v[order])
+    at, K = at[order], open.shape[1]
+    return Picks(np.stack([n := at//K, at - n*K], 1), v[order]) # as divmod, which is slow
 
 # %% ../../nbs/50_select.strategy.ipynb #a71a6242
 def top_images(
