@@ -91,6 +91,7 @@ def _check_budget(pool, budget):
         raise ValueError(f"budget of {budget} pairs, but {n} of {pool.open.size} are open; ask for 1 to {n}, or enlarge the pool")
 
 def _check_values(value, pool):
+    if np.isfinite(value).all(): return
     bad = pool.open & ~np.isfinite(value)
     if bad.any():
         n, k = np.argwhere(bad)[0]
