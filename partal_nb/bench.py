@@ -327,7 +327,8 @@ def _top_pairs(quick:bool, budget:int)->dict:
             'top_pairs': lambda: got.update(fast=top_pairs(value, pool, budget, rng))}
     seconds = interleave(ways, 3 if quick else 9)
     extra = _extra_bytes(lambda: top_pairs(value, pool, budget, rng))/value.nbytes
-    return compare(seconds, 'top_pairs', 'full argsort', picks_that_differ=((got['fast'].index@[3, 1] != got['plain']).sum(), 0), extra_copies=(extra, 1))
+    differ = (got['fast'].index@[3, 1] != got['plain']).sum()
+    return compare(seconds, 'top_pairs', 'full argsort', picks_that_differ=(differ, 0), extra_copies=(extra, 1))
 
 @line('top_pairs_240', 'top_pairs / full argsort, 240 of 10 million pairs', most=.2)
 def _top_pairs_240(quick:bool)->dict: return _top_pairs(quick, 240)
