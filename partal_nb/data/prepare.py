@@ -8,6 +8,7 @@ __all__ = ['LAYOUTS', 'Layout', 'detect', 'open_source', 'prepare', 'open_data',
 # %% ../../nbs/16_data.prepare.ipynb #d757e2c3
 import hashlib
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import partal_nb.data.rooms
-from ..core import Task, cache_dir, write_atomic
+from ..core import Task, cache_dir, inside, write_atomic
 from .folders import FORMS, TASKS, Folder, own_form, read_folder
 from .rooms import ROOM_TASKS
 from .sources import NYU_MAT, nyuv2_mat, prepare_rooms
@@ -92,7 +93,9 @@ def _stamped(path:Path, out:Path, layout:str):
     "Refuse to go on with what was begun from other files, or to give it out as these"
     now, was, begun = _stamp(path, layout), out/SOURCE, lambda: any((out/f).exists() for f in (PLAN, INDEX))
     if begun() and was.exists() and was.read_text('utf-8') != now:
-        raise FileExistsError(f"{out} was made from files of {path} that have changed since; give a new folder to prepare into")
+        if (out/INDEX).exists():
+            raise FileExistsError(f"{out} was made from files of {path} that have changed since; give a new folder to prepare into")
+        for kind in json.loads((out/PLAN).read_text('utf-8'))['files']: shutil.rmtree(inside(out, kind), ignore_errors=True) # begun anew
     try: yield
     finally:
         if begun(): write_atomic(was, now.encode())
