@@ -98,7 +98,7 @@ def _stamped(path:Path, out:Path, layout:str):
         for kind in json.loads((out/PLAN).read_text('utf-8'))['files']: shutil.rmtree(inside(out, kind), ignore_errors=True) # begun anew
     try: yield
     finally:
-        if begun(): write_atomic(was, now.encode())
+        if begun() and not (was.exists() and was.read_text('utf-8') == now): write_atomic(was, now.encode())
 
 # %% ../../nbs/16_data.prepare.ipynb #fabd402d
 def _rooms_version()->str: # another renderer or other tasks are another data set, and get a folder of their own in the cache

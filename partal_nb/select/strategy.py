@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
-import pandas as pd
 from scipy.stats import rankdata
 
 from ..core import Pair, Task, write_atomic
@@ -66,6 +65,7 @@ def write_scores(
     pool,          # whose `images` and `tasks` the rows and columns are
 ):
     "Write image, task, raw and norm of every pair that has a score"
+    import pandas as pd # heavy
     n, k = np.nonzero(~np.isnan(scores.raw))
     images, tasks = np.array(pool.images), np.array([t.name for t in pool.tasks])
     table, buffer = pd.DataFrame(dict(image=images[n], task=tasks[k], raw=scores.raw[n, k], norm=scores.norm[n, k])), io.BytesIO()
@@ -73,11 +73,12 @@ def write_scores(
     write_atomic(path, buffer.getvalue())
 
 def pair_matrix(
-    rows:pd.DataFrame, # image, task and what `columns` name, a row a pair
+    rows,              # data frame of image, task and what `columns` name, a row a pair
     columns:list[str],
     pool,              # whose `images` and `tasks` are the rows and columns of the result; what else `rows` has is left out
 )->list[np.ndarray]: # (N, K) float for each of `columns`, NaN where there is no row
     "A table of pairs by position"
+    import pandas as pd
     n, k = pd.Index(pool.images).get_indexer(rows.image), pd.Index([t.name for t in pool.tasks]).get_indexer(rows.task)
     here, found = (n >= 0) & (k >= 0), [np.full((len(pool.images), len(pool.tasks)), np.nan) for _ in columns]
     for column, values in zip(columns, found): values[n[here], k[here]] = rows[column][here]
