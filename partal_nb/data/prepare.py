@@ -120,7 +120,8 @@ def open_data(
     path = Path(path)
     if detect(path) == 'store': return Store(path)
     out = cache_dir()/'stores'/f'{path.resolve().stem}-{_stamp(path, detect(path))}'
-    if progress and not (out/INDEX).exists(): print(f'{path}: prepared once and kept below $PARTAL_CACHE, by default ~/.cache/partal_nb')
+    if (out/INDEX).exists(): return Store(out) # its name says of which files
+    if progress: print(f'{path}: prepared once and kept below $PARTAL_CACHE, by default ~/.cache/partal_nb')
     return prepare(path, out, progress=progress)
 
 # %% ../../nbs/16_data.prepare.ipynb #fcb89b37
