@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,9 +116,18 @@ def app(name, folder, page, tmp):
     "`partal explore`, and the address that it prints"
     port = free_port()
     with served([BIN/'partal', 'explore', folder, '--app', name, '--port', port], f'http://127.0.0.1:{port}', tmp) as log:
+        page.log = log
         try: yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
         finally: page.leave()
     assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
+
+def visit(page, url):
+    "Wait for an app, and reload once after waiting in vain, as people do: a kernel can miss the message that would start it. What the server said is shown"
+    from playwright.sync_api import TimeoutError
+    try: page.goto(url, timeout=PATIENCE/2)
+    except TimeoutError:
+        warnings.warn(f"the app did not come within {PATIENCE/2000:.0f} s and is loaded again; its server said:\n{page.log.read_text()}")
+        page.goto(url, timeout=PATIENCE)
 
 # What can be seen and done
 
@@ -227,13 +237,13 @@ def test_notebook(name, page, lab, look):
 def test_app(name, page, look, tmp_path):
     with app(name, look.folder, page, tmp_path) as url:
         assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is shown to nobody without the token'
-        page.goto(url, timeout=PATIENCE)
+        visit(page, url)
         TRY[name](page, look)
 
 def test_the_keyboard_is_enough(page, look, tmp_path):
     "From control to control with Tab: the image, the order, the round, the change, and both ways to save"
     with app('entropy', look.folder, page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
+        visit(page, url)
         plot = figure(page)
         tab_to(page, row(page, 'image').locator('.noUi-handle').first)
         for i in (1, 2):
@@ -298,7 +308,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
     frames = []
     page.on('websocket', lambda s: s.on('framereceived', lambda data: frames.append(len(data))))
     with app('entropy', thousand.folder, page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
+        visit(page, url)
         plot = figure(page)
         page.locator('.widget-dropdown', has_text='order').locator('select').select_option('depth, least sure first')
         order = np.argsort(-thousand.scores(0).norm[:, 1], kind='stable')
@@ -315,7 +325,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
 def test_a_run_that_is_not_there(page, tmp_path):
     "A sentence and a button, and no traceback"
     with app('entropy', tmp_path/'nowhere', page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
+        visit(page, url)
         page.get_by_text('config.json is missing').wait_for(timeout=PATIENCE)
         assert page.get_by_role('button', name='make the demo run').is_visible()
         assert 'Traceback' not in page.inner_text('body')
