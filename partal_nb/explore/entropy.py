@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import TASK_COLORS
-from .view import (UNITS, Bars, Opened, Stage, choices, class_legend, control, figure, image_slider, label_cell, line, map_cell,
+from .view import (UNITS, Bars, Opened, Progress, Stage, choices, class_legend, control, figure, image_slider, label_cell, line, map_cell,
                                     number, passes_slider, photo_cell, sentence, short, tick)
 from ..look import as_label
 
@@ -108,12 +108,12 @@ class EntropyExplorer(w.VBox):
         self.T = passes_slider(run)
         self.order = control(w.Dropdown, 'order', 280, options=orders)
         self.change = tick('change since the round before')
-        self.status, self.bars = w.HTML(), w.Output()
+        self.status, self.progress = w.HTML(), Progress()
         self.stage = Stage(lambda: run.folder/'explore'/f'entropy-round{self.round.value}-{run.pool.images[self.image]}.html')
         self.round.observe(self._offer, 'value')
         for o in (self.place, self.round, self.estimator, self.T, self.order, self.change): o.observe(self._changed, 'value')
         rows = [self.place, self.order, self.round], [self.T, self.estimator, self.change, self.status]
-        super().__init__([*(line(*r) for r in rows), self.bars, self.stage])
+        super().__init__([*(line(*r) for r in rows), self.progress, self.stage])
         self._changed(dict(owner=None))
 
 # %% ../../nbs/70_explore.entropy.ipynb #ccbb7978
@@ -142,11 +142,10 @@ def _offer(self:EntropyExplorer, change:dict): # the last round of an ensemble h
 def _changed(self:EntropyExplorer, change:dict):
     self.change.disabled, self.T.disabled, self.status.value = not self.round.value, self.estimator.value != 'mc_dropout', 'computing …'
     if change['owner'] is self.place: self.step = 1 if change['new'] > change['old'] else -1
-    with self.bars: # of scores that the run did not write
+    with self.progress: # of scores that the run did not write
         try:
             self.stage.show(self.picture(*self.asked(self.place.value)))
             self.status.value = f'{self.place.value + 1} of {len(self.run.pool)}'
         except (ValueError, OSError) as e: self.status.value = sentence(str(e))
-    self.bars.clear_output()
     next = self.place.value + self.step
     if 0 <= next < len(self.run.pool): self.stage.ahead(lambda: self.picture(*self.asked(next)))

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import TASK_COLORS, derive_seed
-from .view import (APART, BARE, GAP, TOP, UNITS, Opened, Stage, axis_title, colorscale, control, figure, line, map_cell, number,
+from .view import (APART, BARE, GAP, TOP, UNITS, Opened, Progress, Stage, axis_title, colorscale, control, figure, line, map_cell, number,
                                     photo_cell, sentence, short, stack, text_at, tick)
 from ..select.budget import Prices, parse_prices, price_of, spend
 from ..select.strategy import STRATEGIES, Pool, Scores, get_strategy, select
@@ -216,11 +216,11 @@ class SelectionExplorer(w.VBox):
         self.budget = money(f'budget, {self.own.unit}', step, min=1 + step % 1, max=4.*step, step=1)
         self.prices = {name: money(f'price {name}', price, min=price % .25, max=max(8, 2*price), step=.25) for name, price in self.own.label.items()}
         self.by_price = tick('rank by score per price')
-        self.says, self.status, self.bars = w.HTML(), w.HTML(), w.Output()
+        self.says, self.status, self.progress = w.HTML(), w.HTML(), Progress()
         self.stage = Stage(lambda: run.folder/'explore'/f'selection-round{self.round.value}.html')
         for o in (self.round, self.one, self.two, self.budget, *self.prices.values(), self.by_price, self.first): o.observe(self._changed, 'value')
         rows = [self.round, self.first], [self.one, self.two, self.by_price, self.budget], self.prices.values()
-        super().__init__([*(line(*r) for r in rows), self.says, self.status, self.bars, self.stage])
+        super().__init__([*(line(*r) for r in rows), self.says, self.status, self.progress, self.stage])
         self._changed(None)
 
 # %% ../../nbs/71_explore.selection.ipynb #998cac31
@@ -228,7 +228,7 @@ class SelectionExplorer(w.VBox):
 def _changed(self:SelectionExplorer, _):
     exact = lambda slider: round(slider.value, 6) # a browser may make 35.99999 of 36
     now, prices, baskets = self.round.value, replace(self.own, label={name: exact(p) for name, p in self.prices.items()}), {}
-    with self.bars: # of scores that the run did not write
+    with self.progress: # of scores that the run did not write
         try:
             why = reasons(self.run, now)
             self.first.max = max(len(why) - 4, 0)
@@ -238,4 +238,3 @@ def _changed(self:SelectionExplorer, _):
                                   picks_picture(self.run, now, self.first.value)))
             self.says.value, self.status.value = compare(baskets, np.array([[p.image, p.task] for p in why]), prices.unit), ''
         except (ValueError, OSError) as e: self.status.value = sentence(str(e))
-    self.bars.clear_output()

@@ -7,7 +7,7 @@ __all__ = ['ESTIMATORS', 'PASSES', 'SMALL', 'UNITS', 'MOST', 'GAP', 'BAR', 'TITL
            'CONFIG', 'DRAW', 'Look', 'Opened', 'threads', 'open_look', 'Cell', 'Bars', 'thinned', 'words', 'label_cell',
            'map_cell', 'photo_cell', 'error_map', 'error_cell', 'colorscale', 'axis_title', 'short', 'number',
            'text_at', 'figure', 'stack', 'class_legend', 'control', 'choices', 'image_slider', 'passes_slider', 'line',
-           'sentence', 'tick', 'packed', 'weight', 'Plot', 'photographed', 'Stage', 'find_run', 'Door']
+           'sentence', 'tick', 'packed', 'weight', 'Plot', 'photographed', 'Stage', 'Progress', 'find_run', 'Door']
 
 # %% ../../nbs/69_explore.view.ipynb #59a2b392
 import asyncio
@@ -16,9 +16,10 @@ import html
 import io
 import json
 import os
+import re
 import sqlite3
 import textwrap
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -684,6 +685,24 @@ def _save(self:Stage, _):
         self.said.value = f'saved as {html.escape(str(path))}'
     except OSError as e: self.said.value = f'not saved: {html.escape(str(e))}'
 
+# %% ../../nbs/69_explore.view.ipynb #a91c0d56
+class Progress(w.HTML):
+    "The last line of what is printed inside `with`, such as a progress bar"
+    encoding = 'utf-8' # so that bars are drawn with blocks
+    def __enter__(self):
+        self.end = ExitStack()
+        for to in (redirect_stdout, redirect_stderr): self.end.enter_context(to(self))
+        return self
+
+    def __exit__(self, *why):
+        self.end.close()
+        self.value = ''
+
+    def write(self, text:str): # as a file's
+        if said := re.sub(r'\x1b\[\w', '', text).strip(): self.value = f'<pre>{html.escape(said.splitlines()[-1])}</pre>'
+
+    def flush(self): pass
+
 # %% ../../nbs/69_explore.view.ipynb #3a4cfeaf
 def find_run(
     folder='', # of a run; empty: `$PARTAL_RUN`, else `runs/demo` here or in a folder above
@@ -703,10 +722,10 @@ class Door(w.VBox):
         self.explorer, self.demo = explorer, demo or preset('demo')
         self.path = w.Text(value=str(find_run(folder)), description='run', layout=w.Layout(width='640px'))
         self.enter, self.make = w.Button(description='open'), w.Button(description='make the demo run', icon='play', layout=w.Layout(width='180px'))
-        self.says, self.bars, self.body = w.HTML(), w.Output(), w.VBox()
+        self.says, self.progress, self.body = w.HTML(), Progress(), w.VBox()
         self.enter.on_click(lambda _: self._open())
         self.make.on_click(lambda _: self._make())
-        super().__init__([w.HBox([self.path, self.enter, self.make]), self.says, self.bars, self.body])
+        super().__init__([w.HBox([self.path, self.enter, self.make]), self.says, self.progress, self.body])
         self._open()
 
 # %% ../../nbs/69_explore.view.ipynb #e201a1f4
@@ -725,7 +744,7 @@ def _make(self:Door):
 def _try(self:Door, says:str, first:Callable):
     self._say(says)
     self.body.children, self.make.layout.display = [], 'none'
-    with self.bars: # which would swallow an exception
+    with self.progress:
         try:
             first()
             opened = open_look(self.path.value)
@@ -734,4 +753,3 @@ def _try(self:Door, says:str, first:Callable):
         except (ValueError, OSError) as e:
             self._say(f"Can't show this run: {e}")
             self.make.layout.display = None
-    self.bars.clear_output()
