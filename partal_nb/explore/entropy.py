@@ -14,8 +14,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import TASK_COLORS
-from .view import (UNITS, Bars, Opened, Progress, Stage, choices, class_legend, control, figure, image_slider, label_cell, line, map_cell,
-                                    number, passes_slider, photo_cell, sentence, short, tick)
+from .view import (UNITS, Bars, Opened, Progress, Stage, choices, class_legend, control, figure, image_slider, label_cell, line,
+                                    map_cell, number, passes_slider, photo_cell, sentence, short, tick)
 from ..look import as_label
 
 # %% ../../nbs/70_explore.entropy.ipynb #a23855f5

@@ -15,8 +15,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import TASK_COLORS, derive_seed
-from .view import (APART, BARE, GAP, TOP, UNITS, Opened, Progress, Stage, axis_title, colorscale, control, figure, line, map_cell, number,
-                                    photo_cell, sentence, short, stack, text_at, tick)
+from .view import (APART, BARE, GAP, TOP, UNITS, Opened, Progress, Stage, axis_title, colorscale, control, figure, line, map_cell,
+                                    number, photo_cell, sentence, short, stack, text_at, tick)
 from ..select.budget import Prices, parse_prices, price_of, spend
 from ..select.strategy import STRATEGIES, Pool, Scores, get_strategy, select
 
