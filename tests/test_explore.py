@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def answers(url:str)->int:
 
 @contextmanager
 def served(command, url, folder, **env):
-    "A server while it is needed; its words are shown if it does not come up"
+    "A server while it is needed; its words are shown if it does not come up, or anything fails while it is there"
     log = folder/'server.log'
     own = {f'{k}_DIR' if k != 'IPYTHONDIR' else k: str(folder/k.lower()) for k in ('JUPYTER_CONFIG', 'JUPYTER_DATA', 'JUPYTER_RUNTIME', 'IPYTHONDIR')}
     with open(log, 'w') as out, subprocess.Popen(list(map(str, command)), cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1', **own, **env),
@@ -96,6 +95,9 @@ def served(command, url, folder, **env):
                 assert server.poll() is None and time.monotonic() < until, log.read_text()
                 time.sleep(.2)
             yield log
+        except BaseException:
+            print(log.read_text())
+            raise
         finally: server.terminate()
 
 @pytest.fixture(scope='module')
@@ -116,18 +118,9 @@ def app(name, folder, page, tmp):
     "`partal explore`, and the address that it prints"
     port = free_port()
     with served([BIN/'partal', 'explore', folder, '--app', name, '--port', port], f'http://127.0.0.1:{port}', tmp) as log:
-        page.log = log
         try: yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
         finally: page.leave()
     assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
-
-def visit(page, url):
-    "Wait for an app, and reload once after waiting in vain, as people do: a kernel can miss the message that would start it. What the server said is shown"
-    from playwright.sync_api import TimeoutError
-    try: page.goto(url, timeout=PATIENCE/2)
-    except TimeoutError:
-        warnings.warn(f"the app did not come within {PATIENCE/2000:.0f} s and is loaded again; its server said:\n{page.log.read_text()}")
-        page.goto(url, timeout=PATIENCE)
 
 # What can be seen and done
 
@@ -237,13 +230,13 @@ def test_notebook(name, page, lab, look):
 def test_app(name, page, look, tmp_path):
     with app(name, look.folder, page, tmp_path) as url:
         assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is shown to nobody without the token'
-        visit(page, url)
+        page.goto(url, timeout=PATIENCE)
         TRY[name](page, look)
 
 def test_the_keyboard_is_enough(page, look, tmp_path):
     "From control to control with Tab: the image, the order, the round, the change, and both ways to save"
     with app('entropy', look.folder, page, tmp_path) as url:
-        visit(page, url)
+        page.goto(url, timeout=PATIENCE)
         plot = figure(page)
         tab_to(page, row(page, 'image').locator('.noUi-handle').first)
         for i in (1, 2):
@@ -308,7 +301,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
     frames = []
     page.on('websocket', lambda s: s.on('framereceived', lambda data: frames.append(len(data))))
     with app('entropy', thousand.folder, page, tmp_path) as url:
-        visit(page, url)
+        page.goto(url, timeout=PATIENCE)
         plot = figure(page)
         page.locator('.widget-dropdown', has_text='order').locator('select').select_option('depth, least sure first')
         order = np.argsort(-thousand.scores(0).norm[:, 1], kind='stable')
@@ -325,7 +318,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
 def test_a_run_that_is_not_there(page, tmp_path):
     "A sentence and a button, and no traceback"
     with app('entropy', tmp_path/'nowhere', page, tmp_path) as url:
-        visit(page, url)
+        page.goto(url, timeout=PATIENCE)
         page.get_by_text('config.json is missing').wait_for(timeout=PATIENCE)
         assert page.get_by_role('button', name='make the demo run').is_visible()
         assert 'Traceback' not in page.inner_text('body')

@@ -108,8 +108,8 @@ with Ledger(path, images, tasks) as led:
     w.stdout.readline()
     time.sleep(seconds)
     w.kill()
-    out, _ = w.communicate(timeout=60)
-    done = 1 + len(out.splitlines())
+    done = 1 + len(w.stdout.read().splitlines()) # `communicate` would forget lines that came with the first
+    w.wait(60)
     found = rounds(tmp_path/'l.db')
     assert (found == 100).all() and list(found.index) == list(range(len(found))) and done <= len(found) <= done + 1
     w = start(code, tmp_path/'l.db')
