@@ -197,8 +197,11 @@ def check_run(
     store, folder = _open_store(config, progress), Path(folder)
     if _check_folder(folder, config, store):
         with _locked(folder): pass
-    tasks, (pool, _) = _choose_tasks(config, store), split_images(config, store)
+    tasks, (pool, test) = _choose_tasks(config, store), split_images(config, store)
     available = np.array([[store.has(i, t.name) for t in tasks] for i in pool])
+    if unseen := [t.name for t in tasks if not any(store.has(i, t.name) for i in test)]:
+        raise ValueError(f"none of the {len(test)} images to measure on has a label of {unseen}: "
+                         "label some, or leave these tasks out")
     if config.labels_from: _check_origin(config, store)
     _check_budget(config, pool, tasks, available)
     _check_money(config, pool, tasks, available)

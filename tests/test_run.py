@@ -242,6 +242,14 @@ def test_some_labels_do_not_exist(tmp_path, data):
         bought = [e[:2] for e in result(tmp_path/strategy)['events']]
         assert len(bought) == 26 == 3*12 - len(lost) and not lost & set(bought)
 
+def test_nothing_to_measure_a_task_on(tmp_path, data):
+    "Said before anything is trained; without that task all is well"
+    for i in Store(data).splits['test']: Store(data).file(i, 'normals').unlink()
+    config = replace(TINY, data=str(data), pool_images=0)
+    with pytest.raises(ValueError, match=r"none of the \d+ images to measure on has a label of \['normals'\]"): run(config, tmp_path/'r', progress=False)
+    assert not (tmp_path/'r').exists()
+    assert run(replace(config, tasks=('semseg', 'depth'), rounds=0), tmp_path/'r', progress=False).exists()
+
 def test_a_bought_label_is_gone(tmp_path, data, monkeypatch):
     config, folder = replace(TINY, data=str(data)), tmp_path/'run'
     stop_after_first_round(config, folder, monkeypatch)
