@@ -37,15 +37,17 @@ def plain_errors():
 
 # %% ../nbs/90_cli.ipynb #4391d9f7
 def parse_changes(
-    changes:list[str], # `field=value`, each
+    changes:list[str]|None, # `field=value`, each
+    options:dict={},        # fields that an option of its own sets -> that option
 )->dict: # field -> value
     "What `--set` says"
     out = {}
-    for c in changes:
+    for c in changes or []:
         key, eq, value = c.partition('=')
         if not eq: raise ValueError(f"--set {c!r}: expected field=value, e.g. --set lr=0.001")
         try: out[key.strip()] = json.loads(value)
         except json.JSONDecodeError: out[key.strip()] = value
+    if own := sorted(set(out) & set(options)): raise ValueError(f"--set {own[0]}=…: say --{options[own[0]]} instead")
     return out
 
 # %% ../nbs/90_cli.ipynb #5664498b
@@ -56,7 +58,7 @@ Changes = Annotated[Optional[list[str]], typer.Option('--set', help="Change a fi
 def config(preset_name:Preset='demo', changes:Changes=None):
     "Print a configuration with the reason behind each field."
     with plain_errors():
-        for name, value, reason in config_table(preset(preset_name, **parse_changes(changes or []))):
+        for name, value, reason in config_table(preset(preset_name, **parse_changes(changes, dict(preset='preset')))):
             typer.echo(f'{name:13} = {json.dumps(value):24} # {reason}')
 
 # %% ../nbs/90_cli.ipynb #64b571d5
@@ -116,8 +118,7 @@ def run(
     "Make a whole active-learning run as an executed notebook."
     from partal_nb.journal import is_finished
     with plain_errors():
-        changed = parse_changes(changes or [])
-        if own := sorted({'preset', 'strategy', 'seed', 'data'} & set(changed)): raise ValueError(f"--set {own[0]}=…: say --{own[0]} instead")
+        changed = parse_changes(changes, {o: o for o in ('preset', 'strategy', 'seed', 'data')})
         configs = _configs(preset_name, strategy, against, dict(changed, seed=seed, **(dict(data=data) if data else {})), out)
         if (out/'al_run.ipynb').exists() and all(is_finished(c, folder) for folder, c in configs.items()): typer.echo('already finished')
         else:
@@ -155,17 +156,12 @@ def sweep(
 ):
     "Run every strategy with every seed, and gather all journals in one table."
     with plain_errors():
-        changed = _own_changes(changes, data)
+        changed = parse_changes(changes, dict(preset='preset', strategy='strategies', seed='seeds', data='data'))
+        if data: changed['data'] = data
         finished = _sweep(_sweep_runs(preset_name, strategies, seeds, out, changed), out, jobs, tries)
     if not finished: raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #b0b7d7db
-def _own_changes(changes:list[str]|None, data:str)->dict:
-    changed = parse_changes(changes or [])
-    if own := sorted({'preset', 'strategy', 'seed', 'data'} & set(changed)):
-        raise ValueError(f"--set {own[0]}=…: say --{dict(strategy='strategies', seed='seeds').get(own[0], own[0])} instead")
-    return dict(changed, **(dict(data=data) if data else {}))
-
 def _sweep_runs(preset_name:str, strategies:str, seeds:str, out:Path, changed:dict)->dict[Path, RunConfig]:
     from partal_nb.select.strategy import STRATEGIES, get_strategy
     from partal_nb.sweep import grid, parse_seeds
@@ -196,7 +192,7 @@ def notebook(
 ):
     "Execute a notebook of nbs/runs with parameters."
     os.environ['PARTAL_COMMAND'] = shlex.join(['partal', *sys.argv[1:]])
-    with plain_errors(): typer.echo(execute(name, out, dict(out=str(out), **parse_changes(changes or [])), kernel))
+    with plain_errors(): typer.echo(execute(name, out, dict(out=str(out), **parse_changes(changes, dict(out='out'))), kernel))
 
 # %% ../nbs/90_cli.ipynb #646d681b
 @app.command()
@@ -259,7 +255,7 @@ def init(
     "Make a labeling project from a folder of images."
     with plain_errors():
         from partal_nb.annotate.project import init
-        changed = parse_changes(changes or [])
+        changed = parse_changes(changes)
         if own := sorted({'data', 'tasks', 'preset'} & set(changed)): raise ValueError(f"--set {own[0]}=…: can't be set here, see --help")
         p = init(data, project, tasks, cooldown=cooldown, val_share=val_share, min_gain=min_gain, **changed)
         with p.ledger() as ledger: there = ', '.join(f'{n} {t}' for t, n in ledger.counts().items())

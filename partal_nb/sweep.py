@@ -150,11 +150,12 @@ class Job:
     why:str=''                  # it failed
     screen:Screen=field(default_factory=Screen)
     process:subprocess.Popen|None=None
+    within:Path|None=None       # folder of all runs; None: the one that its folder is in
 
     @property
-    def name(self)->str: return self.folder.name # of its folder
+    def name(self)->str: return str(self.folder.relative_to(self.within or self.folder.parent)) # no other run of the sweep has it
     @property
-    def log(self)->Path: return self.folder.with_name(f'{self.name}.log') # what it printed, if it failed
+    def log(self)->Path: return self.folder.with_name(f'{self.folder.name}.log') # what it printed, if it failed
     @property
     def rounds(self)->int: return len(read_journal(self.folder)) # finished ones
 
@@ -267,7 +268,8 @@ def sweep(
 )->list[Job]: # all `done` or `failed`
     "Make all runs that are not finished; Ctrl-C ends them in order, and the same call goes on"
     if jobs < 1 or tries < 1: raise ValueError(f"jobs={jobs}, tries={tries}: expected at least 1 of each")
-    every = [Job(Path(f), c, 'done' if is_finished(c, f) else 'waiting') for f, c in runs.items()]
+    within = Path(os.path.commonpath([Path(f).parent for f in runs])) if runs else None
+    every = [Job(Path(f), c, 'done' if is_finished(c, f) else 'waiting', within=within) for f, c in runs.items()]
     queue = deque(j for j in every if j.state == 'waiting')
     if queue: _prepare({j.folder: j.config for j in queue}, show is None)
     with _terminable(), (show_board(sum(j.rounds for j in every)) if show is None else _given(show)) as shown:
