@@ -114,11 +114,10 @@ def _open(self:Ledger):
         self._update()
         there = self.db.execute('SELECT kind, position, name, cost FROM pool ORDER BY kind, position').fetchall()
     if there != rows:
-        differ = sorted(set(there) ^ set(rows), key=lambda r: (r[0], r[1]))[0]
-        kind, n, name, cost = differ
-        raise ValueError(f"{self.path} belongs to another pool: {'there' if differ in there else 'here'} {kind} {n} is {name!r}"
-                         f"{'' if cost is None else f' at {cost:g}'}; open it with the images, tasks and costs it was made with, "
-                         "or choose another file")
+        theirs, ours = ({(kind, n): repr(name) + ('' if cost is None else f' at {cost:g}') for kind, n, name, cost in of} for of in (there, rows))
+        kind, n = min(k for k in theirs | ours if theirs.get(k) != ours.get(k))
+        raise ValueError(f"{self.path} belongs to another pool: {kind} {n} is {theirs.get((kind, n), 'none')} there, "
+                         f"{ours.get((kind, n), 'none')} here; open it with the images, tasks and costs it was made with, or choose another file")
     self._use_wal()
     self.db.execute('PRAGMA synchronous=FULL')
 
