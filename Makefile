@@ -43,10 +43,10 @@ check: .venv/.dev
 tools: .venv/.tools
 
 docs: .venv/.dev
-	python -c "from partal_nb.docs import build; print(build())"
+	python -c "from partal_nb.dev.site import build; print(build())"
 
 readme: .venv/.run
-	python -c "from partal_nb.report import update_results; update_results('README.md', 'nbs/runs/results')"
+	python -c "from partal_nb.reports.figures import update_results; update_results('README.md', 'nbs/runs/results')"
 
 hooks:
 	git config core.hooksPath .githooks

@@ -5,33 +5,41 @@
 # %% auto #0
 __all__ = ['CUTS', 'CHUNK', 'thin', 'Matcher', 'boundary_counts', 'best_f']
 
-# %% ../nbs/05_boundaries.ipynb #16396af6
+# %% ../nbs/05_boundaries.ipynb #c0000019
 from typing import Iterable
 
 import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 
+# %% ../nbs/05_boundaries.ipynb #c0000015
+def _two_of(a, b, c, d): return a & b | c & d | (a | b) & (c | d)
+
+# %% ../nbs/05_boundaries.ipynb #82a7a7c5
+def _all_of(a, b, c, d): return a & b & c & d
+
 # %% ../nbs/05_boundaries.ipynb #29ca645a
 def _deletable(ring, first:bool): # eight neighbors from east counterclockwise → bits that may go
     "Guo and Hall's conditions, each bit a map of its own"
     e, ne, n, nw, w, sw, s, se = ring
-    a, b, c, d = ~e & (ne | n), ~n & (nw | w), ~w & (sw | s), ~s & (se | e)
+    a, b = ~e & (ne | n), ~n & (nw | w)
+    c, d = ~w & (sw | s), ~s & (se | e)
     one_line = (a ^ b ^ c ^ d) & ~(a & b | c & d)
-    p, q = (e | ne, n | nw, w | sw, s | se), (ne | n, nw | w, sw | s, se | e)
-    inside = p[0] & p[1] & p[2] & p[3] & q[0] & q[1] & q[2] & q[3]
+    p = (e | ne, n | nw, w | sw, s | se)
+    q = (ne | n, nw | w, sw | s, se | e)
+    inside = _all_of(*p) & _all_of(*q)
     other_side = e & (ne | n | ~se) if first else w & (sw | s | ~nw)
     return one_line & _two_of(*p) & _two_of(*q) & ~inside & ~other_side
-
-def _two_of(a, b, c, d): return a & b | c & d | (a | b) & (c | d)
 
 # %% ../nbs/05_boundaries.ipynb #4ee4888a
 def thin(
     x:np.ndarray, # (…, H, W) bool, or unsigned integers: each bit is a map of its own
 )->np.ndarray: # likewise
     "Lines of one pixel's width in place of blobs"
-    x = np.pad(x, [(0, 0)]*(x.ndim - 2) + [(1, 1), (1, 1)])
-    flat, W = x.reshape(-1), x.shape[-1]
+    margins = [(0, 0)]*(x.ndim - 2) + [(1, 1), (1, 1)]
+    x = np.pad(x, margins)
+    flat = x.reshape(-1)
+    W = x.shape[-1]
     ring = np.array([1, 1 - W, -W, -W - 1, -1, W - 1, W, W + 1])[:, None]
     todo = flat.nonzero()[0]
     while len(todo):
@@ -40,9 +48,29 @@ def thin(
             gone = flat[todo] & _deletable(flat[todo + ring], first)
             flat[todo] ^= gone
             changed = todo[gone != 0]
-            around[changed], around[changed + ring] = True, True
+            around[changed] = True
+            around[changed + ring] = True
         todo = (around & (flat != 0)).nonzero()[0]
     return x[..., 1:-1, 1:-1]
+
+# %% ../nbs/05_boundaries.ipynb #ba78aff5
+def _capacities(degree:np.ndarray, near:np.ndarray, n:int)->csr_matrix:
+    "The graph source → true pixels → predicted pixels → sink, in which every edge lets one unit pass"
+    E = len(degree)
+    heads = np.concatenate([1 + np.arange(E), 1 + E + near, np.full(n, 1 + E + n)])
+    # edges that leave the source, each true pixel, each predicted one, the sink
+    edges = np.concatenate([[0, E], degree, np.ones(n, int), [0]])
+    ones = np.ones(len(heads), np.int32)
+    starts = np.cumsum(edges).astype(np.int32)
+    return csr_matrix((ones, heads.astype(np.int32), starts), shape=(E + n + 2,)*2)
+
+# %% ../nbs/05_boundaries.ipynb #23c98e2b
+def _partners(degree:np.ndarray, near:np.ndarray, n:int)->np.ndarray:
+    "Of `n` pixels those that find a partner; true pixel i may have each of the next `degree[i]` of `near`"
+    E = len(degree)
+    flow = maximum_flow(_capacities(degree, near, n), 0, 1 + E + n).flow
+    last = slice(flow.indptr[-2], flow.indptr[-1])
+    return flow.indices[last][flow.data[last] != 0] - 1 - E
 
 # %% ../nbs/05_boundaries.ipynb #462daf52
 class Matcher:
@@ -53,63 +81,80 @@ class Matcher:
     ):
         self.margin = m = int(reach)
         y, x = np.mgrid[-m:m + 1, -m:m + 1]
-        y, x = (a[y**2 + x**2 <= reach**2] for a in (y, x))
+        window = y**2 + x**2 <= reach**2
         row, column = (a[:, None] + m for a in truth.nonzero())
-        self.near = (row + y)*(truth.shape[1] + 2*m) + column + x # (true pixels, window), positions in a map with the margin around
+        width = truth.shape[1] + 2*m
+        # (true pixels, window), positions in a map with the margin around
+        self.near = (row + y[window])*width + column + x[window]
 
     def __call__(self,
-        said:np.ndarray, # (K, H, W) bool, K maps that have nothing to do with each other
-    )->np.ndarray: # (K, H, W) bool, those of `said` that have a partner
-        m, (H, W) = self.margin, said.shape[1:]
-        padded = np.pad(said, [(0, 0), (m, m), (m, m)])
-        flat, paired = padded.reshape(len(said), -1), np.zeros(padded.size, bool)
-        there, pixels = flat[:, self.near], flat.ravel().nonzero()[0]
+        predicted:np.ndarray, # (K, H, W) bool, K maps that have nothing to do with each other
+    )->np.ndarray: # (K, H, W) bool, those of `predicted` that have a partner
+        K, H, W = predicted.shape
+        m = self.margin
+        padded = np.pad(predicted, [(0, 0), (m, m), (m, m)])
+        flat = padded.reshape(K, -1)
+        paired = np.zeros(padded.size, bool)
+        pixels = flat.ravel().nonzero()[0]
         rank = (flat.ravel().cumsum() - 1).reshape(flat.shape)
+        there = flat[:, self.near]
         k, e, o = there.nonzero()
-        if len(k): paired[pixels[_partners(there.sum(2).ravel(), rank[k, self.near[e, o]], len(pixels))]] = True
+        if len(k):
+            found = _partners(there.sum(2).ravel(), rank[k, self.near[e, o]], len(pixels))
+            paired[pixels[found]] = True
         return paired.reshape(padded.shape)[:, m:H + m, m:W + m]
-
-# %% ../nbs/05_boundaries.ipynb #23c98e2b
-def _partners(degree:np.ndarray, near:np.ndarray, n:int)->np.ndarray:
-    "Of `n` pixels those that find a partner; true pixel i may have each of the next `degree[i]` of `near`"
-    E = len(degree)
-    heads = np.concatenate([1 + np.arange(E), 1 + E + near, np.full(n, 1 + E + n)])
-    starts = np.cumsum(np.concatenate([[0, E], degree, np.ones(n, int), [0]])) # source, true pixels, predicted pixels, sink
-    graph = csr_matrix((np.ones(len(heads), np.int32), heads.astype(np.int32), starts.astype(np.int32)), shape=(E + n + 2,)*2)
-    flow = maximum_flow(graph, 0, 1 + E + n).flow
-    last = slice(flow.indptr[-2], flow.indptr[-1])
-    return flow.indices[last][flow.data[last] != 0] - 1 - E
 
 # %% ../nbs/05_boundaries.ipynb #83a69393
 CUTS = np.arange(1, 100)/100 # the 99 thresholds
 CHUNK = 100_000 # neighbors looked up at a time: small images share a flow, large ones need little memory
-_UP_TO = np.array([[2**min(n, 64) - 1, 2**max(n - 64, 0) - 1] for n in range(100)], np.uint64) # the first n bits of two words are 1
+_BITS = [(2**min(n, 64) - 1, 2**max(n - 64, 0) - 1) for n in range(100)] # two words whose first n bits are 1
+_UP_TO = np.array(_BITS, np.uint64)
 
+# %% ../nbs/05_boundaries.ipynb #862548d1
+def _lines(
+    prob:np.ndarray, # (H, W) probability of an edge
+)->np.ndarray: # (2, H, W) words; bit k is the thinned map at threshold k
+    passed = np.searchsorted(CUTS, prob, side='right')
+    return thin(np.moveaxis(_UP_TO[passed], -1, 0))
+
+# %% ../nbs/05_boundaries.ipynb #c0000016
 def boundary_counts(
     prob:np.ndarray,             # (H, W) probability of an edge
     truths:Iterable[np.ndarray], # (H, W) bool, the thin edges that each annotator marked
     tolerance:float,             # how far apart partners may be, a share of the diagonal
 )->np.ndarray: # (4, 99) paired true, true, paired predicted, predicted pixels
     "What precision and recall of one image are made of, at every threshold"
-    lines = thin(np.moveaxis(_UP_TO[np.searchsorted(CUTS, prob, side='right')], -1, 0))
+    lines = _lines(prob)
+    bit = lambda k: lines[k//64] >> np.uint64(k % 64) & np.uint64(1)
     matchers = [Matcher(t, tolerance*np.hypot(*prob.shape)) for t in truths]
     counts = np.zeros((4, len(CUTS)), np.int64)
     counts[1] = sum(len(m.near) for m in matchers)
     together = max(1, CHUNK//max(1, *(m.near.size for m in matchers)))
-    for ks in np.split(np.arange(len(CUTS)), range(together, len(CUTS), together)):
-        said = np.stack([lines[k//64] >> np.uint64(k % 64) & np.uint64(1) for k in ks]).astype(bool)
-        paired = np.stack([m(said) for m in matchers])
-        counts[[0, 2, 3], ks[0]:ks[-1] + 1] = paired.sum((0, 2, 3)), paired.any(0).sum((1, 2)), said.sum((1, 2))
+    for first in range(0, len(CUTS), together):
+        ks = range(first, min(first + together, len(CUTS)))
+        predicted = np.stack([bit(k) for k in ks]).astype(bool)
+        paired = np.stack([m(predicted) for m in matchers])
+        counts[0, ks] = paired.sum((0, 2, 3))
+        counts[2, ks] = paired.any(0).sum((1, 2))
+        counts[3, ks] = predicted.sum((1, 2))
     return counts
 
 # %% ../nbs/05_boundaries.ipynb #64d5dcc1
+def _precision_recall(counts):
+    "At each threshold"
+    recall = counts[0]/np.maximum(counts[1], 1)
+    precision = counts[2]/np.maximum(counts[3], 1)
+    return precision, recall
+
+# %% ../nbs/05_boundaries.ipynb #ea350324
 def best_f(
     counts:np.ndarray, # (4, 99), as of `boundary_counts`, summed over images
 )->dict[str, float]: # `f`, `precision`, `recall`, in [0, 1], and the `threshold`
     "The greatest F over thresholds"
-    at = np.linspace(0, len(CUTS) - 1, 100*(len(CUTS) - 1) + 1)
-    recall, precision, threshold = (np.interp(at, np.arange(len(CUTS)), v)
-                                    for v in (counts[0]/np.maximum(counts[1], 1), counts[2]/np.maximum(counts[3], 1), CUTS))
+    steps = np.linspace(0, len(CUTS) - 1, 100*(len(CUTS) - 1) + 1)
+    finer = lambda v: np.interp(steps, np.arange(len(CUTS)), v)
+    precision, recall = (finer(v) for v in _precision_recall(counts))
     f = 2*precision*recall/np.maximum(precision + recall, 1e-9)
     k = f.argmax()
-    return dict(f=float(f[k]), precision=float(precision[k]), recall=float(recall[k]), threshold=float(threshold[k]))
+    found = dict(f=f, precision=precision, recall=recall, threshold=finer(CUTS))
+    return {name: float(v[k]) for name, v in found.items()}

@@ -2,15 +2,17 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1') # before torch: tests fork, and a child would wait for the threads that stayed behind
+# before torch: tests fork, and a child would wait for the threads that stayed behind
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 
-def pytest_configure(config): config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
 
 @pytest.fixture(scope='session')
 def shared()->Path:
-    "The folder of real sample data; it can not be redistributed, so it lies beside the repository or where `PARTAL_SHARED` says"
+    "Real sample data; it can not be redistributed, so it lies beside the repository or where `PARTAL_SHARED` says"
     folder = Path(os.environ.get('PARTAL_SHARED') or Path(__file__).parents[2]/'shared'/'data')
     if folder.is_dir(): return folder
     why = f"no sample data at {folder}; set PARTAL_SHARED to the folder that has it"
@@ -20,7 +22,7 @@ def shared()->Path:
 
 @pytest.fixture(scope='session')
 def tools()->Path:
-    "The programs of the annotation tools themselves: 1.1 GB, and at odds with our pandas and Pillow, so they live in an environment of their own"
+    "The annotation tools themselves: 1.1 GB, at odds with our pandas and Pillow, so in an environment of their own"
     home = Path(os.environ.get('PARTAL_TOOLS') or Path(__file__).parents[1]/'.venv'/'tools')
     if (home/'bin'/'label-studio').is_file(): return home/'bin'
     pytest.skip(f"no annotation tools in {home}, or where PARTAL_TOOLS says: `make tools` installs them")

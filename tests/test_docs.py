@@ -1,5 +1,5 @@
-"""The site: builds, no broken link, no page without a title or a description, no picture without a text, no entry without a description, nothing asked of another host,
-and a search that finds"""
+"""The site: builds, no broken link, no page without a title or a description, no picture without a text, no entry
+without a description, nothing asked of another host, and a search that finds"""
 import inspect
 import json
 import os
@@ -21,7 +21,7 @@ from nbdev.config import get_config
 
 from partal_nb import __version__
 from partal_nb._modidx import d
-from partal_nb.docs import generated
+from partal_nb.dev.site import generated
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT/'nbs'
@@ -32,8 +32,9 @@ class Page(HTMLParser):
     "What one page links to, loads, and can be linked at"
     def __init__(self, text):
         super().__init__()
-        self.links, self.loads, self.ids, self.title, self.text, self._in = [], [], set(), '', '', ''
-        self.says, self.mute = '', [] # what it is about; figures that say nothing to who can't see them
+        self.links, self.loads, self.ids = [], [], set()
+        self.title, self.text, self._in = '', '', ''
+        self.description, self.mute = '', [] # what it is about; figures without a text for who can't see them
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -41,8 +42,9 @@ class Page(HTMLParser):
         if 'id' in a: self.ids.add(a['id'])
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
         if tag in ('script', 'img', 'iframe') and a.get('src'): self.loads.append(a['src'])
-        if tag == 'meta' and a.get('name') == 'description': self.says = a['content']
-        if tag == 'img' and not a.get('alt') or 'plotly-figure' in a.get('class', '') and not a.get('aria-label'): self.mute.append(str(a)[:80])
+        if tag == 'meta' and a.get('name') == 'description': self.description = a['content']
+        if tag == 'img' and not a.get('alt'): self.mute.append(str(a)[:80])
+        if 'plotly-figure' in a.get('class', '') and not a.get('aria-label'): self.mute.append(str(a)[:80])
         if tag == 'link' and a.get('rel') in ('stylesheet', 'icon'): self.loads.append(a['href'])
 
     def handle_data(self, data):
@@ -51,15 +53,18 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag): self._in = ''
 
-def read(site): return {p.relative_to(site).as_posix(): Page(p.read_text('utf-8')) for p in sorted(site.rglob('*.html'))}
+def read(site):
+    return {p.relative_to(site).as_posix(): Page(p.read_text('utf-8')) for p in sorted(site.rglob('*.html'))}
 
 def untitled(pages): return [name for name, p in pages.items() if not p.title]
 
-def undescribed(pages): return [name for name, p in pages.items() if not p.says]
+def undescribed(pages): return [name for name, p in pages.items() if not p.description]
 
 def mute(pages): return [(name, what) for name, p in pages.items() for what in p.mute]
 
-def foreign(pages): return [(name, u) for name, p in pages.items() for u in p.loads if urlsplit(u).scheme in ('http', 'https') or u.startswith('//')]
+def foreign(pages):
+    elsewhere = lambda u: urlsplit(u).scheme in ('http', 'https') or u.startswith('//')
+    return [(name, u) for name, p in pages.items() for u in p.loads if elsewhere(u)]
 
 def broken(pages, site):
     for name, p in pages.items():
@@ -75,7 +80,8 @@ def broken(pages, site):
 
 @pytest.fixture(scope='module')
 def site():
-    r = subprocess.run([sys.executable, '-c', 'from partal_nb.docs import build; print(build())'], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    code = 'from partal_nb.dev.site import build; print(build())'
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert r.returncode == 0, r.stderr[-3000:]
     return Path(r.stdout.splitlines()[-1])
 
@@ -94,22 +100,25 @@ def test_results_are_of_the_committed_journals():
     results = NBS/'runs/results'
     files = sorted(p for p in results.rglob('*') if p.suffix in ('.json', '.jsonl'))
     now = sha256(b''.join(p.relative_to(results).as_posix().encode() + p.read_bytes() for p in files)).hexdigest()[:12]
-    assert ''.join(cells[-1]['outputs'][0]['text']).strip() == now, ('journals have come or changed: jupyter nbconvert --to notebook --execute --inplace '
-        'nbs/results.ipynb && nbdev_clean --fname nbs/results.ipynb')
+    assert ''.join(cells[-1]['outputs'][0]['text']).strip() == now, (
+        'journals have come or changed: jupyter nbconvert --to notebook --execute --inplace nbs/results.ipynb '
+        '&& nbdev_clean --fname nbs/results.ipynb')
 
 def test_every_committed_run_is_among_the_results(pages):
-    for p in sorted((NBS/'runs/results').rglob('journal.jsonl')): assert p.relative_to(NBS).as_posix() in pages['results.html'].links, p
+    for p in sorted((NBS/'runs/results').rglob('journal.jsonl')):
+        assert p.relative_to(NBS).as_posix() in pages['results.html'].links, p
 
 @pytest.mark.parametrize('path', sorted(NBS.glob('tutorials/*.ipynb')), ids=lambda p: p.stem)
-def test_a_tutorial_ends_with_what_it_promised(path):
+def test_a_tutorial_ends_with_its_checks(path):
     *_, before, last = json.loads(path.read_text('utf-8'))['cells']
     assert last['cell_type'] == 'code' and 'assert ' in ''.join(last['source'])
-    assert '## What was promised' in ''.join(before['source'])
+    assert '## Checks' in ''.join(before['source'])
 
-def test_cite_says_the_version(): assert f'version = {{{__version__}}}' in (NBS/'cite.qmd').read_text('utf-8')
+def test_cite_names_the_version(): assert f'version = {{{__version__}}}' in (NBS/'cite.qmd').read_text('utf-8')
 
-def test_a_page_for_each_module(pages):
-    assert not {f"{m.removeprefix('partal_nb.')}.html" for m in d['syms']} - set(pages)
+def page_of(module): return f"{'front' if module == 'partal_nb.__init__' else module.removeprefix('partal_nb.')}.html"
+
+def test_a_page_for_each_module(pages): assert not set(map(page_of, d['syms'])) - set(pages)
 
 def test_every_page_has_a_title(pages): assert not untitled(pages)
 
@@ -121,26 +130,30 @@ def test_every_figure_has_a_text(pages):
 
 def test_no_link_is_a_guess(pages):
     "`partal` is a strategy and a command"
-    assert not [(name, u) for name, p in pages.items() for u in p.links if u.endswith(('cli.html#partal', 'strategy.html#partal')) and not name.startswith('glossary')]
+    guesses = 'cli.html#partal', 'strategy.html#partal'
+    others = {name: p for name, p in pages.items() if not name.startswith('glossary')}
+    assert not [(name, u) for name, p in others.items() for u in p.links if u.endswith(guesses)]
 
 def test_no_broken_link(pages, site): assert not list(broken(pages, site))
 
 def test_nothing_of_another_host_in_the_source(pages): assert not foreign(pages)
 
-ENTRIES = [(m, name) for m, syms in d['syms'].items() for s in syms if '.' not in (name := s.removeprefix(m + '.')) and not name.startswith('_')]
+NAMES = [(m, s.removeprefix(f'{m}.')) for m, syms in d['syms'].items() for s in syms]
+ENTRIES = [(m, name) for m, name in NAMES if '.' not in name and not name.startswith('_')]
 
 def test_every_entry_is_described_and_linkable(pages):
-    "Where nothing is said, `entry` raises; here: what it said is on the page"
+    "Without a docstring `entry` raises; here: its first line is on the page"
     plain = lambda text: ' '.join(re.findall(r'[A-Za-z]+', text))
     text = {name: plain(p.text) for name, p in pages.items()}
     for m, n in ENTRIES:
-        page = f"{m.removeprefix('partal_nb.')}.html"
+        page = page_of(m)
         assert n.lower() in pages[page].ids, (m, n)
         assert plain(inspect.getdoc(getattr(import_module(m), n)).split('\n')[0]) in text[page], (m, n)
 
 def test_planted_faults_are_found(tmp_path):
-    (tmp_path/'a.html').write_text('<title></title><h2 id="x">x</h2><a href="b.html">b</a><a href="#y">y</a><a href="#x">x</a>'
-                                   '<script src="https://cdn.example/x.js"></script><img src="data:"><div class="plotly-figure">')
+    (tmp_path/'a.html').write_text(
+        '<title></title><h2 id="x">x</h2><a href="b.html">b</a><a href="#y">y</a><a href="#x">x</a>'
+        '<script src="https://cdn.example/x.js"></script><img src="data:"><div class="plotly-figure">')
     bad = read(tmp_path)
     assert untitled(bad) == undescribed(bad) == ['a.html'] and len(mute(bad)) == 2
     assert list(broken(bad, tmp_path)) == [('a.html', 'b.html'), ('a.html', '#y')]
@@ -170,18 +183,28 @@ def opened(browser, width, scheme='light'):
     page = chromium.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
     page.set_default_timeout(180_000) # ms; a busy machine takes its time
     page.asked, page.faults = [], []
-    page.route('**/*', lambda r: r.continue_() if r.request.url.startswith((top, 'data:', 'blob:')) else (page.asked.append(r.request.url), r.abort()))
+    def route(r):
+        if r.request.url.startswith((top, 'data:', 'blob:')): return r.continue_()
+        page.asked.append(r.request.url)
+        r.abort()
+    page.route('**/*', route)
     page.on('pageerror', lambda e: page.faults.append((page.url, str(e)[:200])))
     return page
 
 CUT = '''[...document.querySelectorAll("main *:not(svg *)")].filter(e => {
     if (e.getBoundingClientRect().right <= innerWidth + 1 || !e.getClientRects().length) return false
-    for (let p = e; p.tagName != "MAIN"; p = p.parentElement) if (["auto", "scroll"].includes(getComputedStyle(p).overflowX)) return false
+    const scrolls = p => ["auto", "scroll"].includes(getComputedStyle(p).overflowX)
+    for (let p = e; p.tagName != "MAIN"; p = p.parentElement) if (scrolls(p)) return false
     return true}).slice(0, 3).map(e => e.outerHTML.slice(0, 120))''' # beyond the screen, and nothing around it scrolls
+
+MISSING = {
+    '[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))':
+        'a figure is not drawn',
+    '[...document.images].some(i => !i.naturalWidth)': 'a picture is not there'}
 
 @pytest.mark.parametrize('width,scheme', [(390, 'light'), (1280, 'dark')])
 def test_every_page_in_a_browser(pages, browser, width, scheme):
-    "Nothing is asked of another host, no error is raised, figures and pictures are there, no page is wider than its screen, and dark is dark"
+    "No other host is asked, no error raised, figures and pictures are there, none is too wide, dark is dark"
     page = opened(browser, width, scheme)
     faults = page.faults
     for name in pages:
@@ -189,12 +212,13 @@ def test_every_page_in_a_browser(pages, browser, width, scheme):
         wide = page.evaluate('document.documentElement.scrollWidth')
         if wide > width + 1: faults.append((name, f'{wide} px wide on a screen of {width}'))
         if cut := page.evaluate(CUT): faults.append((name, 'cut at the edge', cut))
-        if page.evaluate('[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))'): faults.append((name, 'a figure is not drawn'))
-        if page.evaluate('[...document.images].some(i => !i.naturalWidth)'): faults.append((name, 'a picture is not there'))
+        for script, fault in MISSING.items():
+            if page.evaluate(script): faults.append((name, fault))
         for part in ('body', '.navbar'):
             color = page.evaluate(f'getComputedStyle(document.querySelector("{part}")).backgroundColor')
             light = sum(map(float, re.findall(r'[\d.]+', color.replace('srgb', ''))[:3]))
-            if (light > (1.5 if 'srgb' in color else 383)) != (scheme == 'light'): faults.append((name, f'{part} is {color} where all is {scheme}'))
+            is_light = light > (1.5 if 'srgb' in color else 383)
+            if is_light != (scheme == 'light'): faults.append((name, f'{part} is {color} where all is {scheme}'))
     page.close()
     assert not page.asked
     assert not faults
@@ -206,12 +230,14 @@ def test_a_request_to_another_host_is_found(browser):
     assert page.asked == ['https://other.example/font']
     page.close()
 
-FOUND = [('boundary_counts', 'boundaries.html#boundary_counts'), # a function
-         ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
-         ("device 'cuda' asked for, but PyTorch sees no GPU; use --device auto or cpu", 'errors.html#names-that-do-not-exist'), ('how to cite', 'cite.html'),
-         ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
-         ("unknown preset 'nyu3'; there are", 'cli.html'), ('expected field=value', 'cli.html#parse_changes'), # messages, also with one's own mistake in them
-         ('partal prepare', 'commands.html#partal-prepare')]
+FOUND = [
+    ('boundary_counts', 'boundaries.html#boundary_counts'), # a function
+    ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
+    ('how to cite', 'cite.html'), ('partal prepare', 'commands.html#partal-prepare'),
+    # messages, also with one's own mistake in them
+    ("device 'cuda' asked for, but PyTorch sees no GPU; use --device", 'errors.html#names-that-do-not-exist'),
+    ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
+    ("unknown preset 'nyu3'; there are", 'commands.runs.html'), ('expected field=value', 'commands.common.html')]
 
 @pytest.mark.parametrize('query,place', FOUND)
 def test_search_finds(browser, query, place):

@@ -1,4 +1,4 @@
-"odsF against pyEdgeEval on real photographs, and its two parts, thinning and pairing, against plain versions of themselves"
+"odsF against pyEdgeEval on real photographs; its two parts, thinning and pairing, against plain versions of themselves"
 import json
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
 from partal_nb.boundaries import CUTS, Matcher, best_f, boundary_counts, thin
-from partal_nb.core import standard_task
+from partal_nb.tasks import standard_task
 from partal_nb.metrics import meter
 
 REFERENCE = json.loads((Path(__file__).parent/'reference/edges.json').read_text())
@@ -21,14 +21,15 @@ def test_counts_of_one_photograph(shared, case):
     began = time.process_time()
     got = boundary_counts(*sample(shared/'bsds500_val60', case['image'], case['annotators']), case['tolerance'])
     seconds = time.process_time() - began
-    print(f"{seconds:.2f} s here; on the machine that made the reference {case['ours']} s against {case['seconds']} s of pyEdgeEval, "
-          f"{case['seconds']/case['ours']:.1f} times as fast")
+    times = case['seconds']/case['ours']
+    print(f"{seconds:.2f} s here; where the reference was made {case['ours']} s "
+          f"against {case['seconds']} s of pyEdgeEval, {times:.1f} times as fast")
     expected = np.array(case['counts'])
     assert abs(best_f(got)['f'] - best_f(expected)['f']) <= .001
     assert (abs(got - expected) <= np.maximum(3, .005*expected[3])).all(), 'pairs of some threshold differ'
 
 def test_f_of_the_set(shared):
-    "With counts summed over photographs, and interpolated as pyEdgeEval does, here in a loop over 101 steps a threshold"
+    "With counts summed over photographs, and interpolated as pyEdgeEval does, here in a loop of 101 steps a threshold"
     cases = [c for c in REFERENCE['cases'] if (c['annotators'], c['tolerance']) == (1, .0075)]
     got = sum(boundary_counts(*sample(shared/'bsds500_val60', c['image'], 1), .0075) for c in cases)
     r_hit, r_all, p_hit, p_all = np.sum([c['counts'] for c in cases], 0)
@@ -54,7 +55,7 @@ def test_meter_is_counts_of_thinned_truths(shared):
         expected = expected + boundary_counts(np.where(v, 0, a), [thin(b & ~v)], .0075)
     found, best = m.compute(), best_f(expected)
     assert found['odsf'] == pytest.approx(100*best['f']) and found['threshold'] == best['threshold']
-    assert found['precision'] == pytest.approx(100*best['precision']) and found['recall'] == pytest.approx(100*best['recall'])
+    for name in ('precision', 'recall'): assert found[name] == pytest.approx(100*best[name])
 
 RING = [(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)] # from east counterclockwise
 
@@ -68,7 +69,8 @@ def plain_thin(x):
             for r, c in np.argwhere(x):
                 n = [x[r + dr, c + dc] for dr, dc in RING]
                 C = sum((not n[i]) and (n[i + 1] or n[(i + 2) % 8]) for i in (0, 2, 4, 6))
-                N = min(sum(n[i] or n[i + 1] for i in (0, 2, 4, 6)), sum(n[i + 1] or n[(i + 2) % 8] for i in (0, 2, 4, 6)))
+                pairs = [(i, i + 1, (i + 2) % 8) for i in (0, 2, 4, 6)]
+                N = min(sum(n[i] or n[j] for i, j, _ in pairs), sum(n[j] or n[k] for _, j, k in pairs))
                 e, ne, no, nw, w, sw, s, se = n
                 side = e and (ne or no or not se) if turn == 0 else w and (sw or s or not nw)
                 if C == 1 and 2 <= N <= 3 and not side: gone.append((r, c))
@@ -91,12 +93,12 @@ def test_bits_are_maps_of_their_own(dtype):
 
 @pytest.mark.parametrize('reach', (.9, 1, 1.5, 2.3, 4.4))
 def test_pairs(reach):
-    "The greatest number of them, by the Hungarian algorithm over all pairs a k-d tree finds; several maps at once are as one by one"
+    "Their greatest number, by the Hungarian algorithm over what a k-d tree finds; several maps are as one by one"
     rng = np.random.default_rng(0)
-    truth, said = rng.random((20, 26)) < .15, rng.random((6, 20, 26)) < np.linspace(0, .6, 6)[:, None, None]
-    got = Matcher(truth, reach)(said)
-    assert got.shape == said.shape and not (got & ~said).any()
-    for g, s in zip(got, said):
+    truth, predicted = rng.random((20, 26)) < .15, rng.random((6, 20, 26)) < np.linspace(0, .6, 6)[:, None, None]
+    got = Matcher(truth, reach)(predicted)
+    assert got.shape == predicted.shape and not (got & ~predicted).any()
+    for g, s in zip(got, predicted):
         a, b = np.argwhere(truth), np.argwhere(s)
         near = np.zeros((len(a), len(b)), bool)
         for i, js in enumerate(cKDTree(b).query_ball_point(a, reach + 1e-9)) if len(b) else (): near[i, js] = True
@@ -104,7 +106,7 @@ def test_pairs(reach):
         assert (cKDTree(a).query(np.argwhere(g))[0] <= reach + 1e-9).all() if g.any() else True
 
 def test_time_does_not_explode():
-    "Half of all pixels: a search that never marks a dead end takes minutes or more; the number of pairs is the same from both sides"
+    "Half of all pixels: a search that never marks a dead end takes minutes; both sides have the same number of pairs"
     a, b = np.random.default_rng(0).random((2, 160, 160)) < .5
     assert Matcher(a, 2.3)(b[None]).sum() == Matcher(b, 2.3)(a[None]).sum()
 

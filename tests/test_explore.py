@@ -1,4 +1,4 @@
-"The explorers in a real browser: each notebook in JupyterLab and each app of `partal explore`, with the mouse, the keyboard, and bad run folders"
+"The explorers in a real browser, in JupyterLab and as apps of `partal explore`: mouse, keyboard, and bad run folders"
 import os
 import re
 import shutil
@@ -15,17 +15,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partal_nb.core import preset, semseg_task, standard_task
-from partal_nb.data.store import write_store
+from partal_nb.tasks import semseg_task, standard_task
+from partal_nb.config import preset
+from partal_nb.data.dataset import write_dataset
 from partal_nb.explore.entropy import EntropyExplorer, entropy_view
 from partal_nb.explore.injection import injection_view
 from partal_nb.explore.selection import reasons
-from partal_nb.explore.view import Door, number, open_look, weight
-from partal_nb.loop import run
+from partal_nb.explore.run import TINY, open_run_view, tiny_run
+from partal_nb.explore.figure import number
+from partal_nb.explore.widgets import weight
+from partal_nb.explore.chooser import RunChooser
+from partal_nb.runs.loop import run
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 CHROME = shutil.which('chromium') or shutil.which('google-chrome')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
 HERE = ('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')
 VOILAS_OWN = 'fortawesome' # its page asks a CDN for an icon font; it does without
 APPS = ('entropy', 'selection', 'injection')
@@ -34,11 +39,9 @@ PATIENCE = 180_000 # ms, until an app is there; a busy machine takes its time to
 # A run, a browser, two servers
 
 @pytest.fixture(scope='module')
-def look(tmp_path_factory):
-    "A run in miniature, opened in this process, too: what is drawn is compared with what it says"
-    tiny = preset('demo', height=48, width=64, pool_images=10, test_images=3, features=8, encoder='test_efficientnet', pretrained=False, start_images=3,
-                  step_pairs=6, rounds=1, train_by='steps', train_for=6, passes=3, device='cpu')
-    return open_look(run(tiny, tmp_path_factory.mktemp('runs')/'tiny', progress=False))
+def opened(tmp_path_factory):
+    "A run in miniature, opened in this process, too: what is drawn is compared with what it computes"
+    return tiny_run(tmp_path_factory.mktemp('runs')/'tiny')
 
 @pytest.fixture(scope='module')
 def chrome():
@@ -58,12 +61,15 @@ def page(chrome, request, tmp_path_factory):
         page.refused.append(r.request.url)
         r.abort()
     page.route('**/*', route)
-    page.on('console', lambda m: page.errors.append(f'{m.text} {m.location.get("url", "")}') if m.type == 'error' else None)
+    def on_console(m):
+        if m.type == 'error': page.errors.append(f'{m.text} {m.location.get("url", "")}')
+    page.on('console', on_console)
     page.on('pageerror', lambda e: page.errors.append(str(e)))
     folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path_factory.getbasetemp()/'screenshots')
     folder.mkdir(parents=True, exist_ok=True)
     def leave(): # before its server ends, of which the page would complain
-        if not page.is_closed(): page.screenshot(path=folder/f'{re.sub(r"[^a-z0-9]+", "-", request.node.name).strip("-")}.png')
+        name = re.sub('[^a-z0-9]+', '-', request.node.name).strip('-')
+        if not page.is_closed(): page.screenshot(path=folder/f'{name}.png')
         page.close()
     page.leave = leave
     yield page
@@ -84,11 +90,12 @@ def answers(url:str)->int:
 
 @contextmanager
 def served(command, url, folder, **env):
-    "A server while it is needed; its words are shown if it does not come up, or anything fails while it is there"
+    "A server while it is needed; its output is shown if it does not come up, or anything fails while it is there"
     log = folder/'server.log'
-    own = {f'{k}_DIR' if k != 'IPYTHONDIR' else k: str(folder/k.lower()) for k in ('JUPYTER_CONFIG', 'JUPYTER_DATA', 'JUPYTER_RUNTIME', 'IPYTHONDIR')}
-    with open(log, 'w') as out, subprocess.Popen(list(map(str, command)), cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1', **own, **env),
-                                                 stdout=out, stderr=subprocess.STDOUT) as server:
+    own = {f'JUPYTER_{k}_DIR': str(folder/f'jupyter_{k.lower()}') for k in ('CONFIG', 'DATA', 'RUNTIME')}
+    env = dict(os.environ, OMP_NUM_THREADS='1', IPYTHONDIR=str(folder/'ipythondir'), **own, **env)
+    command = list(map(str, command))
+    with open(log, 'w') as out, subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=out) as server:
         try:
             until = time.monotonic() + PATIENCE/1000
             while not answers(url() if callable(url) else url):
@@ -101,23 +108,26 @@ def served(command, url, folder, **env):
         finally: server.terminate()
 
 @pytest.fixture(scope='module')
-def lab(look, tmp_path_factory):
+def lab(opened, tmp_path_factory):
     "JupyterLab with copies of the three notebooks"
     folder, port = tmp_path_factory.mktemp('lab'), free_port()
     for name in APPS: shutil.copy(ROOT/f'nbs/explore/{name}.ipynb', folder)
     quiet = folder/'jupyter_config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    command = [BIN/'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--port-retries=0', '--LabApp.news_url=',
+    command = [BIN/'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
+               f'--port={port}', '--port-retries=0', '--LabApp.news_url=',
                '--LabApp.extension_manager=readonly', f'--ServerApp.root_dir={folder}']
     url = f'http://127.0.0.1:{port}'
-    with served(command, f'{url}/lab', folder, PARTAL_RUN=str(look.folder), JUPYTER_TOKEN='lab-token'): yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
+    with served(command, f'{url}/lab', folder, PARTAL_RUN=str(opened.folder.path), JUPYTER_TOKEN='lab-token'):
+        yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
 
 @contextmanager
 def app(name, folder, page, tmp):
     "`partal explore`, and the address that it prints"
     port = free_port()
-    with served([BIN/'partal', 'explore', folder, '--app', name, '--port', port], f'http://127.0.0.1:{port}', tmp) as log:
+    command = [BIN/'partal', 'explore', folder, '--app', name, '--port', port]
+    with served(command, f'http://127.0.0.1:{port}', tmp) as log:
         try: yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
         finally: page.leave()
     assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
@@ -131,25 +141,31 @@ def figure(page):
 
 def titles(plot): return [' '.join(t.split()) for t in plot.locator('.annotation-text').all_text_contents()]
 def plain(title): return re.sub('<[^>]+>', '', title) # as a browser's text of it, where a line break leaves nothing
-def pictures(plot): return [i.get_attribute('href') or i.get_attribute('xlink:href') for i in plot.locator('image').all()]
+def pictures(plot):
+    images = plot.locator('image').all()
+    return [i.get_attribute('href') or i.get_attribute('xlink:href') for i in images]
 
 def until(page, f, seconds=30):
-    "What `f` gives, once that is something"
+    "What `f` returns, once that is something"
     for _ in range(seconds*10):
         if found := f(): return found
         page.wait_for_timeout(100)
     raise AssertionError(f'not within {seconds} s')
 
-def point(page, plot, axis, x:float, y:float, says:str):
-    "With the mouse at (x, y) of its n-th picture the plot says so"
+def point(page, plot, axis, x:float, y:float, text:str):
+    "With the mouse at (x, y) of its n-th picture the plot shows this text"
     plot.scroll_into_view_if_needed()
-    at = plot.evaluate("""(gd, [n, x, y]) => { const l = gd._fullLayout, a = l['xaxis' + n], b = l['yaxis' + n], r = gd.getBoundingClientRect()
-                                               return [r.left + a._offset + a.d2p(x), r.top + b._offset + b.d2p(y)] }""", [axis, x, y])
+    at = plot.evaluate("""(gd, [n, x, y]) => {
+        const layout = gd._fullLayout, a = layout['xaxis' + n], b = layout['yaxis' + n]
+        const box = gd.getBoundingClientRect()
+        return [box.left + a._offset + a.d2p(x), box.top + b._offset + b.d2p(y)]
+    }""", [axis, x, y])
     page.mouse.move(at[0] + 3, at[1] + 3)
     page.mouse.move(*at)
-    until(page, lambda: plot.locator('.hoverlayer .hovertext').all_text_contents() == [says])
+    until(page, lambda: plot.locator('.hoverlayer .hovertext').all_text_contents() == [text])
 
-def row(page, description:str): return page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True))
+def row(page, description:str):
+    return page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True))
 
 def slide(page, description:str):
     "One step to the right, with the keyboard"
@@ -166,30 +182,32 @@ def tick(page, description:str): page.locator('.widget-checkbox', has_text=descr
 
 # The three explorers, in JupyterLab and as apps
 
-def try_entropy(page, look):
+def try_entropy(page, opened):
     plot = figure(page)
-    view = entropy_view(look, 0, 0)
+    view = entropy_view(opened, 0, 0)
     assert titles(plot)[0] == plain(view.title) and 'semseg, entropy: mean' in titles(plot)[2]
     point(page, plot, 3, 2, 2, f'{number(view.maps["semseg"][0, 0])} nats')
-    point(page, plot, 2, 30, 20, look.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])])
+    point(page, plot, 2, 30, 20, opened.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])])
     before = pictures(plot)
     slide(page, 'image')
-    until(page, lambda: titles(plot)[0] == plain(entropy_view(look, 1, 0).title))
+    until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, 1, 0).title))
     assert pictures(plot)[0] != before[0]
     page.locator('.widget-dropdown', has_text='round').locator('select').select_option('1')
     tick(page, 'change since the round before')
     changed = until(page, lambda: next((t for t in titles(figure(page)) if 'semseg, since the round before' in t), ''))
-    view = entropy_view(look, 1, 1, change=True)
+    view = entropy_view(opened, 1, 1, change=True)
     assert changed.endswith(f'{number((view.maps["semseg"] - view.earlier["semseg"]).mean(), sign=True)} nats')
 
-def try_selection(page, look):
+def try_selection(page, opened):
     plot = figure(page)
-    bought = reasons(look, 0)
+    bought = reasons(opened, 0)
     assert titles(plot)[0].startswith('15 of 30 pairs are labeled, for 15 labels')
-    page.get_by_text('6 of them were bought by the run').wait_for() # its own money and prices, in spite of how a browser rounds a slider
-    assert f'1. {look.tasks[bought[0].task].name} of {look.pool.images[bought[0].image]}' in titles(plot)
-    image, task = (int(i[0]) for i in (look.since() == 0).nonzero())
-    point(page, plot, '', image, task, f'{look.tasks[task].name} of image {look.pool.images[image]}: start, for 1 label')
+    # its own money and prices, in spite of how a browser rounds a slider
+    page.get_by_text('6 of them were bought by the run').wait_for()
+    first = bought[0]
+    assert f'1. {opened.names[first.task]} of {opened.pool.images[first.image]}' in titles(plot)
+    image, task = (int(i[0]) for i in (opened.since() == 0).nonzero())
+    point(page, plot, '', image, task, f'{opened.names[task]} of image {opened.pool.images[image]}: start, for 1 label')
     marks = lambda: plot.locator('.scatterlayer .point').count()
     assert marks() == 6
     slide(page, 'budget, pairs')
@@ -200,52 +218,52 @@ def try_selection(page, look):
     until(page, lambda: any(t.startswith('5. ') for t in titles(plot)))
     assert pictures(plot) != before
 
-def try_injection(page, look):
+def try_injection(page, opened):
     plot = figure(page)
-    view = injection_view(look, 0, 1)
+    view = injection_view(opened, 0, 1)
     assert titles(plot)[0] == plain(view.title)
     before = pictures(plot)
     tick(page, 'true depth')
     until(page, lambda: plain('predicted<br>given depth') in titles(plot))
     assert pictures(plot) != before and pictures(plot)[0] == before[0]
-    told = injection_view(look, 0, 1, ('depth',))
-    assert f'{told.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
-    point(page, plot, 8, 2, 2, f'{number(told.after["semseg"].map[0, 0])} nats')
+    injected = injection_view(opened, 0, 1, ('depth',))
+    assert f'{injected.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
+    point(page, plot, 8, 2, 2, f'{number(injected.after["semseg"].map[0, 0])} nats')
     slide(page, 'image')
-    until(page, lambda: titles(plot)[0] == plain(injection_view(look, 1, 1).title))
+    until(page, lambda: titles(plot)[0] == plain(injection_view(opened, 1, 1).title))
     page.get_by_role('button', name='measure all sets').click()
     until(page, lambda: any('over 3 test images, round 1' in t for t in titles(figure(page))))
 
 TRY = dict(entropy=try_entropy, selection=try_selection, injection=try_injection)
 
 @pytest.mark.parametrize('name', APPS)
-def test_notebook(name, page, lab, look):
+def test_notebook(name, page, lab, opened):
     page.goto(lab.format(name))
     page.get_by_text('| Idle').wait_for(timeout=60_000)
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-    TRY[name](page, look)
+    TRY[name](page, opened)
 
 @pytest.mark.parametrize('name', APPS)
-def test_app(name, page, look, tmp_path):
-    with app(name, look.folder, page, tmp_path) as url:
-        assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is shown to nobody without the token'
+def test_app(name, page, opened, tmp_path):
+    with app(name, opened.folder.path, page, tmp_path) as url:
+        assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is not shown without the token'
         page.goto(url, timeout=PATIENCE)
-        TRY[name](page, look)
+        TRY[name](page, opened)
 
-def test_the_keyboard_is_enough(page, look, tmp_path):
+def test_the_keyboard_is_enough(page, opened, tmp_path):
     "From control to control with Tab: the image, the order, the round, the change, and both ways to save"
-    with app('entropy', look.folder, page, tmp_path) as url:
+    with app('entropy', opened.folder.path, page, tmp_path) as url:
         page.goto(url, timeout=PATIENCE)
         plot = figure(page)
         tab_to(page, row(page, 'image').locator('.noUi-handle').first)
         for i in (1, 2):
             page.keyboard.press('ArrowRight')
-            until(page, lambda: titles(plot)[0] == plain(entropy_view(look, i, 0).title))
+            until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
         tab_to(page, page.locator('.widget-dropdown', has_text='order').locator('select'))
         page.keyboard.press('ArrowDown')
-        third = int(np.argsort(-look.scores(0).norm[:, 0], kind='stable')[2])
-        until(page, lambda: titles(plot)[0] == plain(entropy_view(look, third, 0).title))
+        third = int(np.argsort(-opened.scores(0).norm[:, 0], kind='stable')[2])
+        until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, third, 0).title))
         tab_to(page, page.locator('.widget-dropdown', has_text='round').locator('select'))
         page.keyboard.press('ArrowDown')
         change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
@@ -255,32 +273,45 @@ def test_the_keyboard_is_enough(page, look, tmp_path):
         until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
         tab_to(page, page.get_by_role('button', name='save as HTML'))
         page.keyboard.press('Enter')
-        kept = until(page, lambda: list((look.folder/'explore').glob('entropy-round1-*.html')))[0]
+        kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-round1-*.html')))[0]
         tab_to(page, page.get_by_role('button', name='save as PNG'))
         with page.expect_download() as saved: page.keyboard.press('Enter')
         picture = Image.open(saved.value.path())
         assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-round1-')
-        assert picture.width >= plot.evaluate('gd => gd._fullLayout.width') and len(picture.convert('RGB').getcolors(10**6)) > 1000
+        assert picture.width >= plot.evaluate('gd => gd._fullLayout.width')
+        assert len(picture.convert('RGB').getcolors(10**6)) > 1000
         alone, shown = page.context.new_page(), titles(plot)
         alone.on('request', lambda r: page.refused.append(r.url) if r.url.startswith('http') else None)
         alone.goto(kept.as_uri())
-        assert titles(figure(alone)) == shown and pictures(figure(alone))[0] == pictures(plot)[0], 'a page that needs nothing else'
-        for p in page, alone: assert not p.locator('.modebar-btn[data-title^=Share]').count(), 'no button sends a picture away'
+        assert titles(figure(alone)) == shown, 'a page that needs nothing else'
+        assert pictures(figure(alone))[0] == pictures(plot)[0]
+        for p in page, alone:
+            assert not p.locator('.modebar-btn[data-title^=Share]').count(), 'no button sends a picture away'
         alone.close()
 
-BAD = dict(unfinished=lambda p: (p/'journal.jsonl').unlink(), foreign=lambda p: (p/'config.json').write_text('{"model": "resnet"}'),
-           older=lambda p: (p/'config.json').write_text((p/'config.json').read_text().replace('"passes"', '"mc_passes"')),
-           torn=lambda p: (p/'round-0.safetensors').write_bytes(b'torn'))
-SAYS = dict(unfinished='no finished round yet', foreign='not the config.json of', older='another version of partal_nb', torn='torn or of another version')
+def older(folder):
+    config = folder/'config.json'
+    config.write_text(config.read_text().replace('"passes"', '"mc_passes"'))
+
+BAD = dict(
+    unfinished=lambda p: (p/'journal.jsonl').unlink(),
+    foreign=lambda p: (p/'config.json').write_text('{"model": "resnet"}'),
+    older=older,
+    torn=lambda p: (p/'round-0.safetensors').write_bytes(b'torn'))
+REASONS = dict(
+    unfinished='no finished round yet',
+    foreign='not the config.json of',
+    older='another version of partal_nb',
+    torn='torn or of another version')
 
 @pytest.mark.parametrize('kind', BAD)
-def test_a_bad_folder_gets_a_sentence(kind, look, tmp_path):
-    "In the app itself, without a browser: nothing is raised, and what is missing is said"
-    folder = shutil.copytree(look.folder, tmp_path/kind)
+def test_a_bad_folder_gets_a_sentence(kind, opened, tmp_path):
+    "In the app itself, without a browser: nothing is raised, and what is missing is named"
+    folder = shutil.copytree(opened.folder.path, tmp_path/kind)
     BAD[kind](folder)
-    door = Door(EntropyExplorer, folder)
-    said = door.says.value + ''.join(e.status.value for e in door.body.children)
-    assert SAYS[kind] in said and 'Traceback' not in said
+    chooser = RunChooser(EntropyExplorer, folder)
+    shown = chooser.message.value + ''.join(e.controls.status.value for e in chooser.body.children)
+    assert REASONS[kind] in shown and 'Traceback' not in shown
 
 @pytest.fixture(scope='module')
 def thousand(tmp_path_factory):
@@ -289,12 +320,13 @@ def thousand(tmp_path_factory):
     def sample(i):
         rng = np.random.default_rng(int(i))
         halves = np.tile(np.arange(64) >= 32, (32, 1))[..., None].astype(np.uint8)
-        return dict(rgb=rng.integers(0, 256, (32, 64, 3), np.uint8), semseg=halves, depth=rng.uniform(1, 9, (32, 64, 1)).astype(np.float32))
+        rgb = rng.integers(0, 256, (32, 64, 3), np.uint8)
+        return dict(rgb=rgb, semseg=halves, depth=rng.uniform(1, 9, (32, 64, 1)).astype(np.float32))
     names = [f'{i:04}' for i in range(1010)]
-    write_store(folder/'data', 'made up', tasks, dict(train=names[:1000], test=names[1000:]), sample, progress=False)
-    config = preset('demo', data=str(folder/'data'), tasks=('semseg', 'depth'), height=32, width=64, pool_images=0, test_images=0, features=8,
-                    encoder='test_efficientnet', pretrained=False, start_images=3, step_pairs=6, rounds=1, train_by='steps', train_for=2, passes=2, device='cpu')
-    return open_look(run(config, folder/'run', progress=False), progress=False)
+    write_dataset(folder/'data', 'made up', tasks, dict(train=names[:1000], test=names[1000:]), sample, progress=False)
+    own = dict(height=32, width=64, pool_images=0, test_images=0, train_for=2, passes=2)
+    config = preset('demo', **TINY | own, data=str(folder/'data'), tasks=('semseg', 'depth'))
+    return open_run_view(run(config, folder/'run', progress=False), progress=False)
 
 def test_a_thousand_images(page, thousand, tmp_path):
     "The browser gets the one that is looked at, in whatever order, and not the pool"
@@ -303,7 +335,8 @@ def test_a_thousand_images(page, thousand, tmp_path):
     with app('entropy', thousand.folder, page, tmp_path) as url:
         page.goto(url, timeout=PATIENCE)
         plot = figure(page)
-        page.locator('.widget-dropdown', has_text='order').locator('select').select_option('depth, least sure first')
+        choice = page.locator('.widget-dropdown', has_text='order')
+        choice.locator('select').select_option('depth, most uncertain first')
         order = np.argsort(-thousand.scores(0).norm[:, 1], kind='stable')
         until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[0]), 0).title))
         page.wait_for_timeout(500) # until all has come
@@ -312,7 +345,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
             slide(page, 'image')
             until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[i]), 0).title))
         page.get_by_text('6 of 1000').wait_for()
-    one = weight(EntropyExplorer(thousand).stage.plot.figure)
+    one = weight(EntropyExplorer(thousand).panel.plot.figure)
     assert 0 < sum(frames) < 5*2*one < thousand.pool.rgb.nbytes/5
 
 def test_a_run_that_is_not_there(page, tmp_path):

@@ -1,4 +1,4 @@
-"Real labels through every format and back, what broken and hostile files do, and what the tools' own libraries say of ours"
+"Real labels through every format and back, broken and hostile files, and what the tools' own libraries make of ours"
 import io
 import json
 import os
@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partal_nb.annotate.formats import (FORMATS, LIMITS, Query, brush_mask, brush_rle, detect_format, from_npy, from_png, legend, open_zip, to_npy,
-                                        to_png)
-from partal_nb.core import semseg_task, standard_task
+from partal_nb.annotate.query import Query, legend
+from partal_nb.annotate.submission import LIMITS, from_npy, from_png, open_zip, to_npy, to_png
+from partal_nb.annotate.label_studio import brush_mask, brush_rle
+from partal_nb.annotate.formats import FORMATS, detect_format
+from partal_nb.tasks import semseg_task, standard_task
 from partal_nb.data.prepare import open_source
 from partal_nb.data.rooms import render_room
 
-SAMPLES = dict(nyuv2_192x144=('semseg', 'depth', 'normals'), voc2012=('semseg',), pascal_part18=('semseg', 'parts', 'edges'),
-               ecssd60=('saliency',), bsds500_val60=('edges',))
-ROUNDS = [(s, t, f) for s, tasks in SAMPLES.items() for t in tasks for f in FORMATS if t not in ('depth', 'normals') or f in ('png', 'npy')]
+SAMPLES = dict(nyuv2_192x144=('semseg', 'depth', 'normals'), voc2012=('semseg',), ecssd60=('saliency',),
+               pascal_part18=('semseg', 'parts', 'edges'), bsds500_val60=('edges',))
+VALUES = ('depth', 'normals')
+ROUNDS = [(s, t, f) for s, tasks in SAMPLES.items() for t in tasks
+          for f in (('png', 'npy') if t in VALUES else FORMATS)]
 
 def queries(source, name, n=3): # whose guess is the truth
     task = source.tasks[name]
@@ -39,7 +43,9 @@ def play(format, folder, task): # an annotator who takes every guess as it is; w
         return folder
     tasks = json.loads((folder/'tasks.json').read_bytes())
     for k, t in enumerate(tasks):
-        t.update(id=k, annotations=[dict(id=k, result=t.pop('predictions')[0]['result'], was_cancelled=False, completed_by=1, lead_time=60*k)])
+        result = t.pop('predictions')[0]['result']
+        annotation = dict(id=k, result=result, was_cancelled=False, completed_by=1, lead_time=60*k)
+        t.update(id=k, annotations=[annotation])
     (folder/'export.json').write_text(json.dumps(tasks))
     return folder/'export.json'
 
@@ -55,8 +61,8 @@ def test_real_labels_go_out_and_come_back(shared, tmp_path, sample, name, format
     if format == 'label-studio': assert [a.minutes for a in answers] == list(range(len(asked)))
     for a in answers:
         y = truth[a.image]
-        assert a.label.shape == y.shape and a.label.dtype == (np.float32 if task.kind == 'regression' else np.uint8)
-        if task.kind != 'regression': assert np.array_equal(a.label, y)
+        assert a.label.shape == y.shape and a.label.dtype == task.form.dtype
+        if task.form.discrete: assert np.array_equal(a.label, y)
         elif name == 'depth': assert abs(a.label - y).max() <= (.0005 if format == 'png' else 0) + 1e-6
         else:
             void = (y == 0).all(2)
@@ -69,11 +75,13 @@ def test_what_goes_out_can_be_looked_at(shared, tmp_path):
     FORMATS['png'].write(tmp_path, asked[0].task, asked)
     for q in asked:
         assert np.array_equal(np.array(Image.open(tmp_path/f'images/{q.image}.png')), q.rgb)
-        assert Image.open(tmp_path/f'unsure/{q.image}.png').size == q.rgb.shape[1::-1]
-        seen, colors = np.array(Image.open(tmp_path/f'guess/{q.image}.png').convert('RGB')), {p.value: p.color for p in legend(q.task)}
+        assert Image.open(tmp_path/f'uncertainty/{q.image}.png').size == q.rgb.shape[1::-1]
+        seen = np.array(Image.open(tmp_path/f'guess/{q.image}.png').convert('RGB'))
+        colors = {p.value: p.color for p in legend(q.task)}
         for v in np.unique(q.guess): assert (seen[q.guess[..., 0] == v] == colors[int(v)]).all()
 
-semseg, depth, normals, edges = semseg_task(['wall', 'floor', 'chair']), *map(standard_task, ('depth', 'normals', 'edges'))
+semseg = semseg_task(['wall', 'floor', 'chair'])
+depth, normals, edges = map(standard_task, ('depth', 'normals', 'edges'))
 SIZE, SIZES = (24, 32), {f'room{k}': (24, 32) for k in range(3)}
 
 def label_of(task, k=0):
@@ -81,7 +89,8 @@ def label_of(task, k=0):
     return room['semseg'][..., None] % 3 if task is semseg else room[task.name].reshape(*SIZE, -1)
 
 def batch(folder, format, task):
-    FORMATS[format].write(folder, task, [Query(i, task, render_room(k, *SIZE)['rgb'], label_of(task, k)) for k, i in enumerate(SIZES)])
+    def query(k, image): return Query(image, task, render_room(k, *SIZE)['rgb'], label_of(task, k))
+    FORMATS[format].write(folder, task, [query(k, i) for k, i in enumerate(SIZES)])
     return play(format, folder, task)
 
 def test_a_zip_is_read_as_its_folder_is(tmp_path):
@@ -110,7 +119,8 @@ def evil_zip(path, names, link=None):
 def test_no_name_from_outside_becomes_a_path(tmp_path):
     secret = tmp_path/'secret.png'
     secret.write_bytes(to_png(label_of(semseg), semseg))
-    names = ['labels/room0.png', '../labels/room1.png', str(secret), 'labels/../../secret.png', 'C:\\room1.png', 'labels/room1.png/../../../x.png']
+    names = ['labels/room0.png', '../labels/room1.png', str(secret), 'labels/../../secret.png', 'C:\\room1.png',
+             'labels/room1.png/../../../x.png']
     before = sorted(tmp_path.rglob('*'))
     answers = list(FORMATS['png'].read(evil_zip(tmp_path/'z.zip', names, link='../secret.png'), semseg, SIZES))
     assert [a.image for a in answers if a.label is not None] == ['room0']
@@ -127,23 +137,30 @@ def test_a_zip_that_explodes_is_not_opened(tmp_path):
     with zipfile.ZipFile(tmp_path/'z.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         with z.open('labels/room0.png', 'w', force_zip64=True) as f:
             for _ in range(300): f.write(bytes(1 << 20))
-    with pytest.raises(ValueError, match='times its size, expected at most 100'): FORMATS['png'].read(tmp_path/'z.zip', semseg, SIZES)
+    with pytest.raises(ValueError, match='times its size, expected at most 100'):
+        FORMATS['png'].read(tmp_path/'z.zip', semseg, SIZES)
     assert open_zip(tmp_path/'z.zip', LIMITS | dict(ratio=10**6)).namelist() == ['labels/room0.png']
 
-def test_a_file_that_says_it_is_huge_is_not_unpacked():
+def test_a_file_that_claims_to_be_huge_is_not_unpacked():
     png = to_png(label_of(semseg), semseg)
-    for side, says in ((9000, 'expected 24 × 32 pixels .* got 9000 × 9000'), (60000, 'a.png: not a whole PNG .* exceeds limit')):
+    for side, message in ((9000, 'expected 24 × 32 pixels .* got 9000 × 9000'),
+                          (60000, 'a.png .task semseg.: not a whole PNG .* exceeds limit')):
         ihdr = b'IHDR' + side.to_bytes(4, 'big')*2 + png[24:29]
-        with pytest.raises(ValueError, match=says): from_png(png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, 'big') + png[33:], semseg, SIZE, 'a.png')
+        huge = png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, 'big') + png[33:]
+        with pytest.raises(ValueError, match=message): from_png(huge, semseg, SIZE, 'a.png')
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, dict(descr='<f4', fortran_order=False, shape=(24, 32, 1 << 40)))
     with pytest.raises(ValueError, match='expected shape'): from_npy(head.getvalue(), depth, SIZE, 'a.npy')
 
 def test_a_palette_that_is_too_short():
-    def chunk(kind, data): return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
-    head = chunk(b'IHDR', (4).to_bytes(4, 'big') + (1).to_bytes(4, 'big') + bytes([8, 3, 0, 0, 0])) + chunk(b'PLTE', bytes(3) + b'\x80\0\0')
-    png = b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', zlib.compress(bytes([0, 0, 1, 2, 3]))) + chunk(b'IEND', b'')
-    with pytest.raises(ValueError, match='a palette of 2 colors, but pixels of number 3'): from_png(png, semseg, (1, 4), 'a.png')
+    def chunk(name, data):
+        return len(data).to_bytes(4, 'big') + name + data + zlib.crc32(name + data).to_bytes(4, 'big')
+    size = (4).to_bytes(4, 'big') + (1).to_bytes(4, 'big')
+    head = chunk(b'IHDR', size + bytes([8, 3, 0, 0, 0])) + chunk(b'PLTE', bytes(3) + b'\x80\0\0')
+    pixels = chunk(b'IDAT', zlib.compress(bytes([0, 0, 1, 2, 3])))
+    png = b'\x89PNG\r\n\x1a\n' + head + pixels + chunk(b'IEND', b'')
+    with pytest.raises(ValueError, match='a palette of 2 colors, but pixels of number 3'):
+        from_png(png, semseg, (1, 4), 'a.png')
 
 @pytest.mark.parametrize('task', [semseg, depth, normals, edges], ids=lambda t: t.name)
 def test_a_file_cut_anywhere_is_refused_by_name(task):
@@ -168,20 +185,29 @@ def test_a_file_with_wrong_bytes_is_refused_or_still_a_label(task):
             except ValueError: refused += 1
     assert refused
 
-@pytest.mark.parametrize('task,wrong,says', [
-    (depth, lambda y: y*1000, 'unit off by a thousand'), (depth, lambda y: y/1000, 'unit off by a thousand'), (depth, lambda y: -y, 'depths are negative'),
-    (depth, lambda y: y*0, 'all of it is void'), (depth, lambda y: y*np.nan, 'not finite'), (depth, lambda y: y[:, ::2], 'expected'),
-    (normals, lambda y: y*.5, 'not of length 1'), (normals, lambda y: -y, 'look away'), (normals, lambda y: y[..., :1], 'expected shape'),
-    (semseg, lambda y: y + 3, 'there are 3 classes'), (semseg, lambda y: y*0 + 255, 'all of it is void'), (semseg, lambda y: y/1., 'expected integers'),
-    (edges, lambda y: y + 1, 'there are 2 classes'), (semseg, lambda y: y.swapaxes(0, 1), 'expected')], ids=range(14))
-def test_a_wrong_array_costs_only_itself(tmp_path, task, wrong, says):
+@pytest.mark.parametrize('task,wrong,message', [
+    (depth, lambda y: y*1000, 'unit off by a thousand'),
+    (depth, lambda y: y/1000, 'unit off by a thousand'),
+    (depth, lambda y: -y, 'depths are negative'),
+    (depth, lambda y: y*0, 'all of it is void'),
+    (depth, lambda y: y*np.nan, 'not finite'),
+    (depth, lambda y: y[:, ::2], 'expected'),
+    (normals, lambda y: y*.5, 'not of length 1'),
+    (normals, lambda y: -y, 'look away'),
+    (normals, lambda y: y[..., :1], 'expected shape'),
+    (semseg, lambda y: y + 3, 'there are 3 classes'),
+    (semseg, lambda y: y*0 + 255, 'all of it is void'),
+    (semseg, lambda y: y + .25, 'expected integers'),
+    (edges, lambda y: y + 1, 'there are 2 classes'),
+    (semseg, lambda y: y.swapaxes(0, 1), 'expected')], ids=range(14))
+def test_a_wrong_array_costs_only_itself(tmp_path, task, wrong, message):
     batch(tmp_path, 'npy', task)
     np.save(tmp_path/'labels/room1.npy', wrong(label_of(task, 1)))
     bad = {a.image: a for a in FORMATS['npy'].read(tmp_path, task, SIZES)}
-    assert says in bad['room1'].problem and 'room1.npy' in bad['room1'].problem and bad['room1'].label is None
+    assert message in bad['room1'].problem and 'room1.npy' in bad['room1'].problem and bad['room1'].label is None
     assert all(bad[i].problem is None and bad[i].label is not None for i in ('room0', 'room2'))
 
-def spoil(d, rng): # a copy of what JSON says, with one thing in it gone or another
+def spoil(d, rng): # a copy of JSON's content, with one thing in it gone or another
     d = json.loads(json.dumps(d))
     at, places = [d], []
     while at:
@@ -197,10 +223,11 @@ def spoil(d, rng): # a copy of what JSON says, with one thing in it gone or anot
 @pytest.mark.parametrize('format', ['label-studio', 'coco'])
 def test_spoiled_json_is_refused_and_never_breaks_the_reader(tmp_path, format):
     back = batch(tmp_path, format, semseg)
-    file, rng, outcomes = (tmp_path/'labels/instances.json' if format == 'coco' else back), random.Random(0), dict(taken=0, problem=0, refused=0)
+    file = tmp_path/'labels/instances.json' if format == 'coco' else back
+    rng, outcomes = random.Random(0), dict(taken=0, problem=0, refused=0)
     good, truth = json.loads(file.read_bytes()), {i: label_of(semseg, k) for k, i in enumerate(SIZES)}
     if format == 'label-studio':
-        for t in good: t['data'] |= dict(image='', unsure='')
+        for t in good: t['data'] |= dict(image='', uncertainty='')
     for _ in range(400):
         try: text = json.dumps(spoil(good, rng))
         except (ValueError, RecursionError): continue # it held itself
@@ -223,8 +250,9 @@ def test_random_codes_of_label_studio_end():
 
 pytestmark = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # pycocotools with NumPy 2
 
-def outside(tools, script, *args): # what a Python that has the tools' libraries says
-    subprocess.run([tools/'python', '-c', script, *map(str, args)], check=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+def outside(tools, script, *args): # in a Python that has the tools' libraries
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    subprocess.run([tools/'python', '-c', script, *map(str, args)], check=True, env=env)
 
 DATUMARO = """
 import sys
@@ -242,7 +270,8 @@ data.export(out + '/again', kind, save_media=False)
 if kind == 'coco_instances': data.export(out + '/panoptic', 'coco_panoptic', save_media=False)
 """
 
-@pytest.mark.parametrize('sample,name', [('nyuv2_192x144', 'semseg'), ('pascal_part18', 'parts'), ('bsds500_val60', 'edges')])
+@pytest.mark.parametrize('sample,name', [
+    ('nyuv2_192x144', 'semseg'), ('pascal_part18', 'parts'), ('bsds500_val60', 'edges')])
 @pytest.mark.parametrize('format', ['cvat', 'coco'])
 def test_datumaro_reads_what_we_write_and_we_read_what_it_writes(shared, tools, tmp_path, sample, name, format):
     asked = list(queries(open_source(shared/sample), name, n=2))
@@ -279,20 +308,23 @@ json.dump({k: mask2rle((masks[k]*255).astype(np.uint8)) for k in codes}, open(ou
 
 def test_label_studios_own_converter_agrees_with_our_code(shared, tools, tmp_path):
     q = next(queries(open_source(shared/'nyuv2_192x144'), 'semseg'))
-    masks = {f'c{v}': q.guess[..., 0] == v for v in np.unique(q.guess)} | dict(noise=np.random.default_rng(0).random((37, 53)) > .5, long=np.ones((300, 400), bool))
+    masks = {f'c{v}': q.guess[..., 0] == v for v in np.unique(q.guess)}
+    masks |= dict(noise=np.random.default_rng(0).random((37, 53)) > .5, long=np.ones((300, 400), bool))
     np.savez(tmp_path/'m.npz', **masks)
     Path(f'{tmp_path}/m.npz.json').write_text(json.dumps({k: brush_rle(m) for k, m in masks.items()}))
     outside(tools, SDK, tmp_path/'m.npz', tmp_path/'o.npz')
     read, codes = np.load(tmp_path/'o.npz'), json.loads(Path(f'{tmp_path}/o.npz.json').read_text())
     for k, m in masks.items():
-        assert np.array_equal(read[k], np.repeat(m[..., None], 4, 2)*255) and np.array_equal(brush_mask(codes[k], m.shape), m)
+        assert np.array_equal(read[k], np.repeat(m[..., None], 4, 2)*255)
+        assert np.array_equal(brush_mask(codes[k], m.shape), m)
 
 CVAT = """
 import json, sys
 from cvat_sdk import models
 for label in json.load(open(sys.argv[1])):
     known = models.PatchedLabelRequest
-    assert set(label) <= set(known.openapi_types) and label['type'] in models.LabelType.allowed_values['value',].values(), label
+    assert set(label) <= set(known.openapi_types), label
+    assert label['type'] in models.LabelType.allowed_values['value',].values(), label
     assert known._from_openapi_data(**label).to_dict() == label
 """
 

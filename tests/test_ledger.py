@@ -1,4 +1,4 @@
-"The ledger under two writers at once, `kill -9` at every step, a limit on file size, random histories, and files of an earlier version"
+"The ledger under two writers, SIGKILL at every step, a limit on file size, random histories, files of version 1"
 import random
 import shutil
 import signal
@@ -10,15 +10,16 @@ import time
 import numpy as np
 import pytest
 
-from partal_nb.core import Pair, semseg_task, standard_task
-from partal_nb.data.ledger import AFTER, Entry, Ledger, replay
+from partal_nb.tasks import Pair, semseg_task, standard_task
+from partal_nb.runs.ledger import Entry, Ledger, replay
+from partal_nb.runs.schema import AFTER
 
 TASKS = semseg_task(['wall', 'floor'], cost=5), standard_task('depth', cost=.5)
 IMAGES = tuple(f'{n:05d}' for n in range(4000))
 HEAD = """
 import os, resource, signal, sys, time
-from partal_nb.core import Pair, semseg_task, standard_task
-from partal_nb.data.ledger import Entry, Ledger
+from partal_nb.tasks import Pair, semseg_task, standard_task
+from partal_nb.runs.ledger import Entry, Ledger
 path, first, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 tasks = semseg_task(['wall', 'floor'], cost=5), standard_task('depth', cost=.5)
 images = tuple(f'{n:05d}' for n in range(4000))
@@ -26,13 +27,13 @@ def pairs(round, n): return [Pair(i, t.name) for i in images[round*n//2:(round+1
 """
 
 def start(code, path, first=0, step=1):
-    return subprocess.Popen([sys.executable, '-c', HEAD + code, str(path), str(first), str(step)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, '-c', HEAD + code, str(path), str(first), str(step)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def rounds(path):
     with Ledger(path, IMAGES, TASKS) as led:
         events = led.events()
-        assert led.labelled().sum() == len(events) == sum(led.counts().values())
+        assert led.labeled().sum() == len(events) == sum(led.counts().values())
         assert led.db.execute('PRAGMA integrity_check').fetchone() == ('ok',)
     return events.groupby('round').size()
 
@@ -61,7 +62,7 @@ for n in range(30):
     for w in writers:
         _, err = w.communicate(timeout=120)
         assert w.returncode == 0, err
-    with Ledger(tmp_path/'l0', IMAGES[:50], TASKS) as led: assert not led.labelled().any()
+    with Ledger(tmp_path/'l0', IMAGES[:50], TASKS) as led: assert not led.labeled().any()
 
 def test_race_for_a_pair(tmp_path):
     "Both want the same pairs, each in a round of its own: one gets them all, the other is told"
@@ -69,7 +70,7 @@ def test_race_for_a_pair(tmp_path):
 with Ledger(path, images, tasks) as led:
     for n in range(20):
         try: led.reveal(pairs(n, 20), 2*n + first, f'writer {first}'); print('got', n)
-        except ValueError as e: assert 'is already labelled, since round' in str(e), e; print('lost', n)
+        except ValueError as e: assert 'is already labeled, since round' in str(e), e; print('lost', n)
 """
     writers = [start(code, tmp_path/'l.db', first) for first in (0, 1)]
     said = []
@@ -82,7 +83,7 @@ with Ledger(path, images, tasks) as led:
     assert len(found) == 20 and (found == 20).all()
 
 def test_kill_in_the_middle_of_a_round(tmp_path):
-    "SIGKILL from within SQLite, after more and more of its steps: nothing of that round is there, everything before it is"
+    "SIGKILL from within SQLite, after more and more of its steps: that round is not there, all before it is"
     code = """
 with Ledger(path, images, tasks) as led:
     led.db.set_progress_handler(lambda: os.kill(os.getpid(), signal.SIGKILL), step)
@@ -95,7 +96,8 @@ with Ledger(path, images, tasks) as led:
         w.communicate(timeout=60)
         assert w.returncode == -signal.SIGKILL, f'{step} steps were not reached'
         assert rounds(tmp_path/'l.db').to_dict() == {0: 1}
-    with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led: assert led.reveal([Pair(i, 'semseg') for i in IMAGES], 1, 'oracle') == 4000
+    with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led:
+        assert led.reveal([Pair(i, 'semseg') for i in IMAGES], 1, 'oracle') == 4000
 
 @pytest.mark.parametrize('seconds', [.05, .2, .5])
 def test_kill_at_any_moment(tmp_path, seconds):
@@ -142,7 +144,8 @@ def happen(led, rng, batch):
     if rng.random() < .3 and free:
         return led.ask({p: rng.random() for p in rng.sample(free, rng.randint(1, min(4, len(free))))}, batch)
     some = rng.sample(pairs, rng.randint(1, 2))
-    made = [Entry(*p, reason='dark') if rng.random() < .3 else Entry(*p, sha256=rng.choice('abc'), cost=rng.random(), minutes=1.) for p in some]
+    def label(p): return Entry(*p, sha256=rng.choice('abc'), cost=rng.random(), minutes=1.)
+    made = [Entry(*p, reason='dark') if rng.random() < .3 else label(p) for p in some]
     return led.tell(made, rng.randint(0, batch), rng.choice(['Ann', 'Bob']))
 
 @pytest.mark.parametrize('seed', range(20))
@@ -156,9 +159,10 @@ def test_replay_is_the_state(seed, tmp_path):
         state, events = led.state(), led.events()
         assert len(events) > 20 and {*events.kind} >= {'asked', 'told', 'corrected'}
         told = {p for p, s in state.items() if s.version}
-        assert {Pair(led.images[n], TASKS[k].name) for n, k in np.argwhere(led.labelled())} == told == set(led.labels())
+        assert {Pair(led.images[n], TASKS[k].name) for n, k in np.argwhere(led.labeled())} == told == set(led.labels())
         assert led.spent() == pytest.approx(events[events.kind != 'asked'].cost.sum())
-        with Ledger(led.backup(tmp_path/'copy.db'), led.images, TASKS) as copy: assert copy.state() == state and copy.events().equals(events)
+        with Ledger(led.backup(tmp_path/'copy.db'), led.images, TASKS) as copy:
+            assert copy.state() == state and copy.events().equals(events)
 
 def test_a_copy_of_the_files(tmp_path):
     "What a backup program finds, both files of a ledger in use"
@@ -180,7 +184,7 @@ with Ledger(path, images[:30], tasks) as led:
 """
 
 def test_kill_at_every_step_of_asking_and_telling(tmp_path):
-    "What was acknowledged is there after `kill -9`, what was not is there whole or not at all, and the same program ends"
+    "What was acknowledged is there after SIGKILL, the rest is there whole or not at all, and the same program ends"
     kinds = [('asked', 30), ('told', 20), ('rejected', 10), ('corrected', 10)]
     Ledger(tmp_path/'empty.db', IMAGES[:30], TASKS).close()
     seen, step, code = set(), 300, -signal.SIGKILL
@@ -194,10 +198,13 @@ def test_kill_at_every_step_of_asking_and_telling(tmp_path):
         said = [(a, int(n)) for a, n in (line.split() for line in out.splitlines())]
         with Ledger(path, IMAGES[:30], TASKS) as led:
             found = led.events().groupby('kind').size().to_dict()
-            assert all(found.get(k) == n for k, n in said) and all(found.get(k, 0) in (0, n) for k, n in kinds), (step, said, found)
-            assert replay(led.events()) == led.state() and led.db.execute('PRAGMA integrity_check').fetchone() == ('ok',)
+            assert all(found.get(k) == n for k, n in said), (step, said, found)
+            assert all(found.get(k, 0) in (0, n) for k, n in kinds), (step, said, found)
+            assert replay(led.events()) == led.state()
+            assert led.db.execute('PRAGMA integrity_check').fetchone() == ('ok',)
         assert start(STEPS, path, step=0).wait(timeout=60) == 0
-        with Ledger(path, IMAGES[:30], TASKS) as led: assert led.events().groupby('kind').size().to_dict() == dict(kinds)
+        with Ledger(path, IMAGES[:30], TASKS) as led:
+            assert led.events().groupby('kind').size().to_dict() == dict(kinds)
         seen.add(len(said))
         step = step*6//5
     assert seen == {0, 1, 2, 3, 4}
@@ -206,7 +213,9 @@ def test_two_tell_at_once(tmp_path):
     "Both tell 200 answers one by one, half of them of the same pairs with contents of their own: all land, none twice"
     code = """
 with Ledger(path, images, tasks) as led:
-    for n, p in enumerate(pairs(0, 200)): print(led.tell([Entry(*p, sha256=f'{first if n % 2 else 7}')], 1, f'{first}')[0])
+    for n, p in enumerate(pairs(0, 200)):
+        entry = Entry(*p, sha256=f'{first if n % 2 else 7}')
+        print(led.tell([entry], 1, f'{first}')[0])
 """
     with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led:
         led.ask({Pair(i, t.name): 1. for i in IMAGES[:100] for t in TASKS}, 1)
@@ -214,7 +223,8 @@ with Ledger(path, images, tasks) as led:
     said = [w.communicate(timeout=120)[0].split() for w in tellers]
     assert all(w.returncode == 0 for w in tellers)
     both = list(zip(*said))
-    assert all(sorted(b) == (['corrected', 'told'] if n % 2 else ['same', 'told']) for n, b in enumerate(both)) and len(both) == 200
+    expected = [['same', 'told'], ['corrected', 'told']]
+    assert len(both) == 200 and all(sorted(b) == expected[n % 2] for n, b in enumerate(both))
     with Ledger(tmp_path/'l.db', IMAGES, TASKS) as led:
         assert led.events().groupby('kind').size().to_dict() == dict(asked=200, told=200, corrected=100)
         assert replay(led.events()) == led.state()
@@ -228,10 +238,13 @@ CREATE TABLE events (image TEXT NOT NULL, task TEXT NOT NULL, round INTEGER NOT 
 CREATE TRIGGER pool_DELETE BEFORE DELETE ON pool BEGIN SELECT RAISE(ABORT, 'no'); END;
 CREATE TRIGGER events_UPDATE BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'no'); END;
 CREATE TRIGGER events_DELETE BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'no'); END;
-CREATE TRIGGER events_again BEFORE INSERT ON events WHEN EXISTS (SELECT 1 FROM events WHERE image = NEW.image AND task = NEW.task)
+CREATE TRIGGER events_again BEFORE INSERT ON events
+ WHEN EXISTS (SELECT 1 FROM events WHERE image = NEW.image AND task = NEW.task)
     BEGIN SELECT RAISE(ABORT, 'no'); END;
-INSERT INTO pool VALUES ('image', 0, '00000', NULL), ('image', 1, '00001', NULL), ('task', 0, 'semseg', 5), ('task', 1, 'depth', .5);
-INSERT INTO events VALUES ('00001', 'depth', 0, .5, 'start', '2026-01-01T00:00:00+00:00'), ('00000', 'semseg', 1, 5, 'oracle', '2026-01-02T00:00:00+00:00');
+INSERT INTO pool VALUES ('image', 0, '00000', NULL), ('image', 1, '00001', NULL),
+ ('task', 0, 'semseg', 5), ('task', 1, 'depth', .5);
+INSERT INTO events VALUES ('00001', 'depth', 0, .5, 'start', '2026-01-01T00:00:00+00:00'),
+ ('00000', 'semseg', 1, 5, 'oracle', '2026-01-02T00:00:00+00:00');
 PRAGMA journal_mode=WAL;"""
 
 def test_an_earlier_version_opens(tmp_path):
@@ -240,7 +253,7 @@ def test_an_earlier_version_opens(tmp_path):
         with Ledger(tmp_path/'l.db', IMAGES[:2], TASKS) as led:
             assert led.events()[['kind', 'image', 'task', 'round', 'cost', 'source']].values.tolist() == [
                 ['told', '00001', 'depth', 0, .5, 'start'], ['told', '00000', 'semseg', 1, 5, 'oracle']]
-            assert led.labelled(0).tolist() == [[False, False], [False, True]] and led.spent() == 5.5
+            assert led.labeled(0).tolist() == [[False, False], [False, True]] and led.spent() == 5.5
             assert led.reveal([Pair('00000', 'semseg')], 1, 'oracle') == 0
             with pytest.raises(sqlite3.IntegrityError, match='append-only'): led.db.execute('DELETE FROM events')
 
@@ -271,4 +284,5 @@ Ledger(path, images[:2], tasks)
 def test_a_newer_version_is_refused(tmp_path):
     Ledger(tmp_path/'l.db', IMAGES[:2], TASKS).close()
     with sqlite3.connect(tmp_path/'l.db') as db: db.execute('PRAGMA user_version = 9')
-    with pytest.raises(ValueError, match=r'was written by a newer partal_nb \(form 9'): Ledger(tmp_path/'l.db', IMAGES[:2], TASKS)
+    with pytest.raises(ValueError, match=r'was written by a newer partal_nb \(form 9'):
+        Ledger(tmp_path/'l.db', IMAGES[:2], TASKS)

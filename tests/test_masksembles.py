@@ -1,4 +1,4 @@
-"The masks and passes of 18_model.dropout against the package of Masksembles' authors"
+"The masks and passes of 20_model.dropout against the package of Masksembles' authors"
 import numpy as np
 import pytest
 import torch

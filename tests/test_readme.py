@@ -1,7 +1,7 @@
 """What README.md shows works: its Python runs, its commands exist with the options that are shown
 
-A shell block marked ```bash run is executed as it stands. In any other a line must be a `make` target, a `partal` command or one of `PLAIN`,
-and nothing is executed but `make -n` and `--help`, since a demo takes minutes.
+A shell block marked ```bash run is executed as it stands. In any other a line must be a `make` target, a `partal`
+command or one of `PLAIN`, and nothing is executed but `make -n` and `--help`, since a demo takes minutes.
 """
 import json
 import os
@@ -14,16 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from partal_nb.core import preset, standard_task
-from partal_nb.report import update_results
+from partal_nb.tasks import standard_task
+from partal_nb.config import preset
+from partal_nb.reports.figures import update_results
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {'git', 'cd', '.'}
-ENV = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", COLUMNS='200', TERM='dumb', NO_COLOR='1')
+HERE = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ENV = dict(os.environ, PATH=HERE, COLUMNS='200', TERM='dumb', NO_COLOR='1')
 
 def blocks(text): return [tuple(m) for m in re.findall(r'^```(\w+)([^\n]*)\n(.*?)^```$', text, re.M | re.S)]
 
-def sh(*command, cwd=ROOT): return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=600)
+def sh(*command, cwd=ROOT):
+    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=600)
 
 def faults(line):
     "What is wrong with one line of a shell block"
@@ -37,8 +40,9 @@ def faults(line):
         r = sh('partal', *parts, '--help')
         if r.returncode: yield f'{line}: {r.stderr.strip()}'
         for option in (w.split('=')[0] for w in words if w.startswith('-')):
-            if not re.search(rf'(?<!\S){re.escape(option)}(?![\w-])', r.stdout): yield f'{line}: `partal {" ".join(parts)}` has no option {option}'
-    else: yield f'{line}: nobody checks {words[0]!r}'
+            if re.search(rf'(?<!\S){re.escape(option)}(?![\w-])', r.stdout): continue
+            yield f'{line}: `partal {" ".join(parts)}` has no option {option}'
+    else: yield f'{line}: no check for {words[0]!r}'
 
 def iter_commands(words):
     "The sub-command words before the first option"
@@ -47,7 +51,8 @@ def iter_commands(words):
         yield w
 
 README = blocks((ROOT/'README.md').read_text('utf-8'))
-LINES = [l for kind, mark, body in README if kind == 'bash' and 'run' not in mark.split() for l in body.splitlines() if l.strip()]
+SHOWN = [body for kind, mark, body in README if kind == 'bash' and 'run' not in mark.split()]
+LINES = [line for body in SHOWN for line in body.splitlines() if line.strip()]
 
 @pytest.mark.parametrize('line', LINES)
 def test_shell_line(line): assert not list(faults(line))
@@ -63,7 +68,8 @@ def made_up_run(folder, strategy, rmse):
     task = standard_task('depth')
     about = dict(config=asdict(preset('demo', strategy=strategy)), data=dict(name='made up'), tasks=[asdict(task)])
     (folder/'config.json').write_text(json.dumps(about))
-    line = dict(round=0, labels=dict(depth=12), bought={}, cost=12., metrics=dict(depth=dict(rmse=rmse)), seconds=dict(train=1.))
+    metrics = dict(depth=dict(rmse=rmse))
+    line = dict(round=0, labels=dict(depth=12), bought={}, cost=12., metrics=metrics, seconds=dict(train=1.))
     (folder/'journal.jsonl').write_text(json.dumps(line) + '\n')
 
 def test_python(tmp_path):
@@ -83,13 +89,14 @@ def test_every_notebook_is_named():
     assert not [p.name for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if f'(nbs/{p.name})' not in text]
 
 def test_how_long_is_what_is_allowed():
-    "README says no minutes that nobody measures: an hour is where CI stops"
+    "README contains no minutes that are not measured: an hour is where CI stops"
     assert 'gives it an hour' in (ROOT/'README.md').read_text('utf-8')
     assert 'timeout-minutes: 60\n' in (ROOT/'.github/workflows/test.yml').read_text('utf-8')
 
 def test_there_is_something_to_check():
     assert len(LINES) >= 3 and sum(kind == 'python' for kind, *_ in README) >= 2
 
-@pytest.mark.parametrize('line,says', [('make tset', "No rule to make target 'tset'"), ('curl x', "nobody checks 'curl'"),
-                                       ('partal run --sed 0', 'has no option --sed'), ('partal rnu', 'rnu')])
-def test_a_planted_fault_is_found(line, says): assert says in next(faults(line))
+@pytest.mark.parametrize('line,message', [
+    ('make tset', "No rule to make target 'tset'"), ('curl x', "no check for 'curl'"),
+    ('partal run --sed 0', 'has no option --sed'), ('partal rnu', 'rnu')])
+def test_a_planted_fault_is_found(line, message): assert message in next(faults(line))

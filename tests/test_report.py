@@ -10,14 +10,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from partal_nb.compare import interval, paired, seeds_needed, sign_flip
-from partal_nb.page import write_report
-from partal_nb.report import read_study, run_folders
+from partal_nb.reports.compare import interval, paired, seeds_needed, sign_flip
+from partal_nb.reports.page import write_report
+from partal_nb.reports.read import read_study, run_folders
 
 RESULTS = Path(__file__).parents[1]/'nbs/runs/results'
 
 def values(a, b, lower=False): # of two strategies, a value a seed
-    rows = [(name, seed, 'depth', 'rmse', 'm', lower, v) for name, vs in (('a', a), ('b', b)) for seed, v in enumerate(vs)]
+    rows = []
+    for name, numbers in (('a', a), ('b', b)):
+        rows += [(name, seed, 'depth', 'rmse', 'm', lower, v) for seed, v in enumerate(numbers)]
     return pd.DataFrame(rows, columns=['strategy', 'seed', 'task', 'metric', 'unit', 'lower_is_better', 'value'])
 
 @pytest.mark.parametrize('lower', [False, True])
@@ -25,9 +27,12 @@ def values(a, b, lower=False): # of two strategies, a value a seed
 def test_paired_is_scipys(n, lower):
     rng = np.random.default_rng(n)
     a, b = rng.normal(1, 1, n), rng.normal(0, 1, n)
-    found, ref = paired(values(a, b, lower), 'a', 'b').iloc[0], stats.ttest_rel(*((b, a) if lower else (a, b)))
-    assert found.p_t == pytest.approx(ref.pvalue) and (found.low, found.high) == pytest.approx(tuple(ref.confidence_interval(.95)))
-    d = np.array([b - a if lower else a - b])[0]
+    found = paired(values(a, b, lower), 'a', 'b').iloc[0]
+    better, worse = (b, a) if lower else (a, b)
+    ref = stats.ttest_rel(better, worse)
+    assert found.p_t == pytest.approx(ref.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(ref.confidence_interval(.95)))
+    d = better - worse
     signs = np.array(np.meshgrid(*[[-1, 1]]*n)).reshape(n, -1).T
     means = (signs*d).mean(1)
     one_sided = min((means >= d.mean() - 1e-12).mean(), (means <= d.mean() + 1e-12).mean())

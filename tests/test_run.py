@@ -1,4 +1,4 @@
-"A run is killed before every write and at any moment, meets broken data, a full disk, a second process: what its folder then holds"
+"A run is interrupted before every write and at any moment, meets broken data, a full disk, a second process"
 import hashlib
 import json
 import multiprocessing
@@ -23,21 +23,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from partal_nb import loop
-from partal_nb.core import preset, write_json
-from partal_nb.data.ledger import Ledger, read_labelled
-from partal_nb.data.sources import prepare_rooms
-from partal_nb.data.store import INDEX, Store, png_bytes
-from partal_nb.journal import is_finished, read_journal
-from partal_nb.loop import load_data, run, split_images
+from partal_nb.core import write_json
+from partal_nb.config import preset
+from partal_nb.data.walks import prepare_rooms
+from partal_nb.data.labels import png_bytes
+from partal_nb.data.dataset import INDEX, Dataset
+from partal_nb.training.hooks import Checkpoint, Hook, StopAt
+from partal_nb.uncertainty.acquisition import SCORES
 from partal_nb.select.strategy import STRATEGIES
+from partal_nb.runs.checks import load_data, pair_acquisition, split_images
+from partal_nb.runs.folder import is_finished
+from partal_nb.runs.journal import read_journal
+from partal_nb.runs.ledger import read_labeled
+from partal_nb.runs.loop import run
 
 ROOT = Path(__file__).parents[1]
 TASKS = ('semseg', 'depth', 'normals')
-TINY = preset('demo', pool_images=10, test_images=4, height=48, width=64, features=8, encoder='test_efficientnet', pretrained=False,
-              start_images=3, step_pairs=6, rounds=2, train_by='steps', train_for=4, passes=3, device='cpu')
+TINY = preset('demo', pool_images=10, test_images=4, height=48, width=64, features=8, encoder='test_efficientnet',
+              pretrained=False, start_images=3, step_pairs=6, rounds=2, train_by='steps', train_for=4, passes=3,
+              device='cpu')
 FORK = multiprocessing.get_context('forkserver') # PyTorch is imported once, each child is a process of its own
-FORK.set_forkserver_preload(['partal_nb.loop'])
+FORK.set_forkserver_preload(['partal_nb.runs.loop'])
 
 @pytest.fixture(scope='module', autouse=True)
 def own_cache(tmp_path_factory):
@@ -48,35 +54,37 @@ def own_cache(tmp_path_factory):
 def refuse_pickle(event, args):
     if event == 'pickle.find_class': raise RuntimeError(f'unpickled {args}')
 
-def child(said, config, folder, before):
+def child(pipe, config, folder, before, hooks):
     torch.set_num_threads(1)
     sys.addaudithook(refuse_pickle)
     before()
-    try: run(config, folder, progress=False)
-    except Exception as e: said.send(f'{type(e).__name__}: {e}')
+    try: run(config, folder, progress=False, hooks=hooks)
+    except Exception as e: pipe.send(f'{type(e).__name__}: {e}')
 
 def nothing(): pass
 
 class Child:
     "A run in a process of its own, after `before()` there"
-    def __init__(self, config, folder, before=nothing):
-        self.ear, mouth = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=child, args=(mouth, config, folder, before))
+    def __init__(self, config, folder, before=nothing, hooks=()):
+        self.errors, pipe = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(target=child, args=(pipe, config, folder, before, hooks))
         self.process.start()
-        mouth.close()
+        pipe.close()
 
     def end(self, seconds=60)->tuple: # exit code, and the error that stopped it
         "Wait so many seconds, then SIGKILL"
         self.process.join(seconds)
         if self.process.is_alive(): self.process.kill()
         self.process.join()
-        try: return self.process.exitcode, self.ear.recv()
+        try: return self.process.exitcode, self.errors.recv()
         except EOFError: return self.process.exitcode, ''
 
 def result(folder)->dict:
     "All of a run that has to be the same when it is made again"
-    keep = lambda line: {k: v for k, v in line.items() if k not in ('seconds', 'peak_memory_mb')}
-    digest = lambda tensors: hashlib.sha256(b''.join(k.encode() + tensors[k].numpy().tobytes() for k in sorted(tensors))).hexdigest()
+    def keep(line): return {k: v for k, v in line.items() if k not in ('seconds', 'peak_memory_mb')}
+    def digest(tensors):
+        parts = [k.encode() + tensors[k].numpy().tobytes() for k in sorted(tensors)]
+        return hashlib.sha256(b''.join(parts)).hexdigest()
     db = sqlite3.connect(folder/'ledger.db')
     events = db.execute('SELECT image, task, round, cost, source FROM events ORDER BY rowid').fetchall()
     db.close()
@@ -87,9 +95,9 @@ def result(folder)->dict:
 def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != '.lock'}
 
 def documented()->list[str]:
-    "The files of a run folder, from the table in 60_loop"
-    cells = json.loads((ROOT/'nbs/60_loop.ipynb').read_text('utf-8'))['cells']
-    text = next(t for c in cells if '## The run folder' in (t := ''.join(c['source'])))
+    "The files of a run folder, from the table in its notebook"
+    cells = json.loads((ROOT/'nbs/62_runs.folder.ipynb').read_text('utf-8'))['cells']
+    text = next(t for c in cells if '| file | what it holds |' in (t := ''.join(c['source'])))
     return re.findall(r'^\| `(.+?)` \|', text, re.M)
 
 def check_whole(folder, config=TINY, scored=True):
@@ -98,7 +106,8 @@ def check_whole(folder, config=TINY, scored=True):
     expected = set()
     for name in documented():
         last = config.rounds + 1 if 'scores' not in name else config.rounds if scored else 0
-        if name not in ('round-<round>.json', 'round-<round>.part'): expected |= {name.replace('<round>', str(r)) for r in range(last)}
+        if name in ('round-<round>.json', 'round-<round>.part'): continue
+        expected |= {name.replace('<round>', str(r)) for r in range(last)}
     assert len(expected) > 5 and {p.name for p in folder.iterdir()} - {'.lock'} == expected
 
 @pytest.fixture(scope='module')
@@ -111,41 +120,46 @@ def whole(tmp_path_factory, own_cache):
 
 # Killed
 
-def often(before):
+class Often(Hook):
     "A checkpoint after each step of the training"
-    loop.train = partial(loop.train, save_every=0)
-    before()
+    def start(self, trainer):
+        for hook in trainer.hooks:
+            if isinstance(hook, Checkpoint): hook.save_every = -1
 
 def die_at(n):
-    "SIGKILL right before the n-th rename, purchase, or removal of a round's own file"
-    left, reveal = count(1 - n), Ledger.reveal
+    "SIGKILL right before the n-th rename, commit of the ledger, or removal of a round's own file"
+    left = count(1 - n)
     def moment():
         if next(left) == 0: os.kill(os.getpid(), signal.SIGKILL)
-    def reveal_or_die(*args):
-        moment()
-        return reveal(*args)
-    Ledger.reveal = reveal_or_die
-    removed = lambda event, args: event == 'os.remove' and Path(args[0]).name.startswith('round-') and Path(args[0]).exists()
-    sys.addaudithook(lambda event, args: moment() if event == 'os.rename' or removed(event, args) else None)
+    def removes_round(event, args):
+        return event == 'os.remove' and Path(args[0]).name.startswith('round-') and Path(args[0]).exists()
+    opened = [] # connections that are not watched yet: while the event comes, one is only half made
+    def watch(event, args):
+        if event == 'sqlite3.connect/handle': return opened.append(args[0])
+        while opened: opened.pop().set_trace_callback(lambda sql: moment() if sql == 'COMMIT' else None)
+        if event == 'os.rename' or removes_round(event, args): moment()
+    sys.addaudithook(watch)
 
-def written(folder): return {name: data for name, data in contents(folder).items() if name[0] != '.' and name[:6] != 'ledger'}
+def written(folder):
+    return {name: data for name, data in contents(folder).items() if name[0] != '.' and name[:6] != 'ledger'}
 
 def test_killed_before_every_write(tmp_path, whole):
     "Each process gets one write further than the last, and leaves the one it was hit in as `.NAME.PID.part`"
     folder, hit, n, before = tmp_path/'run', [], 1, {}
     while True:
-        code, error = Child(TINY, folder, partial(often, partial(die_at, n))).end()
+        code, error = Child(TINY, folder, partial(die_at, n), [Often()]).end()
         if code == 0: break
         assert (code, error) == (-signal.SIGKILL, '') and len(hit) < 99
         hit.append(''.join(p.name[1:].rsplit('.', 2)[0] for p in folder.glob('.*.part')))
         n, before = (n + 1 if written(folder) == before else 2), written(folder)
     assert error == '' and result(folder) == whole
     check_whole(folder)
-    assert len(hit) >= 30 and set(hit) >= {'', 'config.json', 'journal.jsonl', 'scores-0.parquet', 'scores-1.parquet'} # '': between two writes
+    assert len(hit) >= 30
+    assert set(hit) >= {'', 'config.json', 'journal.jsonl', 'scores-0.parquet', 'scores-1.parquet'} # '': between writes
     assert set(hit) >= {f'round-{r}.{step}' for r in range(3) for step in ('part', 'safetensors', 'json')}
 
 def test_killed_at_any_moment(tmp_path):
-    "From outside, after longer and longer; other settings, with a strategy that draws lots and networks that go on from the last"
+    "From outside, after longer and longer; other settings, with a random strategy and warm starts"
     config = replace(TINY, strategy='random_pairs', warm_start=True, dropout_at='all')
     assert Child(config, tmp_path/'whole').end() == (0, '')
     folder, states = tmp_path/'run', []
@@ -164,14 +178,16 @@ def test_every_strategy_spends_the_same(tmp_path):
     "Dropout everywhere, epochs, warm starts, measured on images held out of the pool"
     events = {}
     for strategy in STRATEGIES:
-        config = replace(TINY, strategy=strategy, pool_images=12, val_images=2, dropout_at='all', train_by='epochs', train_for=3, warm_start=True)
+        config = replace(TINY, strategy=strategy, pool_images=12, val_images=2, dropout_at='all', train_by='epochs',
+                         train_for=3, warm_start=True)
         run(config, tmp_path/strategy, progress=False)
-        check_whole(tmp_path/strategy, config, STRATEGIES[strategy].needs not in (None, 'features'))
+        check_whole(tmp_path/strategy, config, pair_acquisition(config) is not None)
         found = result(tmp_path/strategy)
         events[strategy] = found['events']
         assert [line['cost'] for line in found['journal']] == [9, 15, 21]
         assert [sum(line['bought'].values()) for line in found['journal']] == [6, 6, 0]
-        assert [line['labels'] for line in found['journal']] == [{t: sum(e[1] == t and e[2] <= r for e in found['events']) for t in TASKS} for r in range(3)]
+        for r, line in enumerate(found['journal']):
+            assert line['labels'] == {t: sum(e[1] == t and e[2] <= r for e in found['events']) for t in TASKS}
     pool, held = split_images(config, load_data(config, progress=False)[0])
     assert len(held) == 2 and {image for e in events.values() for image, *_ in e} <= set(pool)
     assert all(e[:9] == events['random'][:9] and {x[2] for x in e[:9]} == {0} for e in events.values())
@@ -200,33 +216,49 @@ def unknown_class(p): p.write_bytes(png_bytes(np.full((48, 64), 99, np.uint8)))
 def not_unit(p): p.write_bytes(png_bytes(np.full((48, 64, 3), 140, np.uint8)))
 def with_value(v): return lambda p: np.save(p, np.full((48, 64, 1), v, np.float32))
 
-BROKEN = [('rgb', cut, 'not a whole image'), ('semseg', cut, 'not a whole image'), ('semseg', emptied, 'not a whole image'),
-          ('semseg', smaller, '(24, 32) pixels, but its image has (48, 64)'), ('semseg', unknown_class, '3072 pixels of value 99, but there are'),
+BROKEN = [('rgb', cut, 'not a whole image'), ('semseg', cut, 'not a whole image'),
+          ('semseg', emptied, 'not a whole image'), ('semseg', smaller, '(24, 32) pixels, but its image has (48, 64)'),
+          ('semseg', unknown_class, '3072 pixels of value 99, but there are'),
           ('normals', not_unit, '3072 vectors are not of length 1'), ('depth', cut, 'not a whole array'),
-          ('depth', with_value(np.nan), '3072 values are not finite'), ('depth', with_value(-1), '3072 depths are negative, the lowest -1 m')]
+          ('depth', with_value(np.nan), '3072 values are not finite'),
+          ('depth', with_value(-1), '3072 depths are negative, the lowest -1 m')]
 
-def stop_after_first_round(config, folder, monkeypatch):
+class StopInRound(Hook):
+    "Interrupt the training of a round before its first step"
+    def __init__(self, r): self.r = r
+    def start(self, trainer):
+        if trainer.r == self.r: raise KeyboardInterrupt
+
+def stop_after_first_round(config, folder):
     "A run with one finished round"
-    def stop(run, r): raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        real = loop._round
-        m.setattr(loop, '_round', lambda run, r: real(run, r) if r == 0 else stop(run, r))
-        with pytest.raises(KeyboardInterrupt): run(config, folder, progress=False)
+    with pytest.raises(KeyboardInterrupt): run(config, folder, progress=False, hooks=[StopInRound(1)])
 
-def test_broken_file(tmp_path, data, whole, monkeypatch):
-    "Said with file and task; a run under way is unharmed, and goes on when the file is whole again"
+def test_interrupted_in_the_middle_of_a_training(tmp_path, whole):
+    "At step 2 of every round, first without, then with a checkpoint of the steps before"
+    folder = tmp_path/'run'
+    for r in range(3):
+        for hooks in ([StopAt(2)], [Often(), StopAt(2)], [StopAt(3)]):
+            with pytest.raises(KeyboardInterrupt): run(TINY, folder, progress=False, hooks=hooks)
+        assert len(read_journal(folder)) == r and (folder/f'round-{r}.part').is_file()
+        if r == 2: break
+        with pytest.raises(KeyboardInterrupt): run(TINY, folder, progress=False, hooks=[StopInRound(r + 1)])
+    run(TINY, folder, progress=False)
+    assert result(folder) == whole
+
+def test_broken_file(tmp_path, data, whole):
+    "Reported with file and task; a run under way is unharmed, and resumes when the file is whole again"
     config, folder, new = replace(TINY, data=str(data)), tmp_path/'run', tmp_path/'new'
-    stop_after_first_round(config, folder, monkeypatch)
+    stop_after_first_round(config, folder)
     before = contents(folder)
     assert len(read_journal(folder)) == 1
-    for n, (task, break_it, says) in enumerate(BROKEN):
+    for n, (task, break_it, message) in enumerate(BROKEN):
         split = ('train', 'test')[n % 2]
-        file = Store(data).file(Store(data).splits[split][3], task)
+        file = Dataset(data).file(Dataset(data).splits[split][3], task)
         good = file.read_bytes()
         break_it(file)
         for out in (folder, new):
             with pytest.raises(ValueError) as e: run(config, out, progress=False)
-            assert f'{file} (' in str(e.value) and task in str(e.value) and says in str(e.value)
+            assert f'{file} (' in str(e.value) and task in str(e.value) and message in str(e.value)
         assert contents(folder) == before and not new.exists()
         file.write_bytes(good)
     run(config, folder, progress=False)
@@ -234,8 +266,9 @@ def test_broken_file(tmp_path, data, whole, monkeypatch):
 
 def test_some_labels_do_not_exist(tmp_path, data):
     "They are never bought, also where all others are"
-    lost = {(i, t) for t, ids in dict(depth=range(4), normals=range(2, 8)).items() for i in (Store(data).splits['train'][n] for n in ids)}
-    for i, t in lost: Store(data).file(i, t).unlink()
+    train = Dataset(data).splits['train']
+    lost = {(train[n], t) for t, ids in dict(depth=range(4), normals=range(2, 8)).items() for n in ids}
+    for i, t in lost: Dataset(data).file(i, t).unlink()
     for strategy in STRATEGIES:
         config = replace(TINY, data=str(data), pool_images=0, start_images=2, step_pairs=10, strategy=strategy)
         run(config, tmp_path/strategy, progress=False)
@@ -244,36 +277,42 @@ def test_some_labels_do_not_exist(tmp_path, data):
 
 def test_nothing_to_measure_a_task_on(tmp_path, data):
     "Said before anything is trained; without that task all is well"
-    for i in Store(data).splits['test']: Store(data).file(i, 'normals').unlink()
+    for i in Dataset(data).splits['test']: Dataset(data).file(i, 'normals').unlink()
     config = replace(TINY, data=str(data), pool_images=0)
-    with pytest.raises(ValueError, match=r"none of the \d+ images to measure on has a label of \['normals'\]"): run(config, tmp_path/'r', progress=False)
+    message = r"none of the \d+ images to measure on has a label of \['normals'\]"
+    with pytest.raises(ValueError, match=message): run(config, tmp_path/'r', progress=False)
     assert not (tmp_path/'r').exists()
     assert run(replace(config, tasks=('semseg', 'depth'), rounds=0), tmp_path/'r', progress=False).exists()
 
-def test_a_bought_label_is_gone(tmp_path, data, monkeypatch):
+def test_a_bought_label_is_gone(tmp_path, data):
     config, folder = replace(TINY, data=str(data)), tmp_path/'run'
-    stop_after_first_round(config, folder, monkeypatch)
+    stop_after_first_round(config, folder)
     image, task, *_ = result(folder)['events'][0]
-    Store(data).file(image, task).unlink()
-    with pytest.raises(ValueError, match=f"1 labels that .*ledger.db paid for are gone, e.g. task '{task}' of image '{image}'"):
-        run(config, folder, progress=False)
+    Dataset(data).file(image, task).unlink()
+    message = f"1 labels that .*ledger.db paid for are gone, e.g. task '{task}' of image '{image}'"
+    with pytest.raises(ValueError, match=message): run(config, folder, progress=False)
 
-@pytest.mark.parametrize('changes,says', [
-    (dict(rounds=4), 'the pool has 30 pairs, the run would buy 33 (3 images × 3 tasks, then 4 × 6): use fewer rounds'),
-    (dict(start_images=11), 'start_images=11, but only 10 images'), (dict(start_images=10, rounds=1, step_pairs=1), 'the pool has 30 pairs'),
-    (dict(val_images=10), 'none are left to train on'), (dict(tasks=('semseg', 'albedo')), "has no task ['albedo']; there are ['semseg'"),
+@pytest.mark.parametrize('changes,message', [
+    (dict(rounds=4), 'the pool has 30 pairs, the run would buy 33 (3 images × 3 tasks, then 4 × 6): use fewer'),
+    (dict(start_images=11), 'start_images=11, but only 10 images'),
+    (dict(start_images=10, rounds=1, step_pairs=1), 'the pool has 30 pairs'),
+    (dict(val_images=10), 'none are left to train on'),
+    (dict(tasks=('semseg', 'albedo')), "has no task ['albedo']; there are ['semseg'"),
     (dict(encoder='resnet_18'), "unknown encoder 'resnet_18'; expected 'lite0' or a timm name such as ["),
-    (dict(encoder='vit_tiny_patch16_224'), 'stride'), (dict(strategy='greedy'), "unknown strategy 'greedy'; there are ['bald_pairs'"),
-    (dict(device='gpu'), "unknown device 'gpu'"), (dict(data='nowhere'), 'nowhere is in no known layout, found nothing')])
-def test_what_can_not_be_done_is_said_at_once(tmp_path, changes, says):
+    (dict(encoder='vit_tiny_patch16_224'), 'stride'),
+    (dict(strategy='greedy'), "unknown strategy 'greedy'; there are ['bald_pairs'"),
+    (dict(device='gpu'), "unknown device 'gpu'"),
+    (dict(data='nowhere'), 'nowhere is in no known layout, found nothing')])
+def test_what_can_not_be_done_is_reported_at_once(tmp_path, changes, message):
     with pytest.raises(ValueError) as e: run(replace(TINY, **changes), tmp_path/'run', progress=False)
-    assert says in str(e.value) and not (tmp_path/'run').exists()
+    assert message in str(e.value) and not (tmp_path/'run').exists()
 
 def test_nothing_to_compare_with(tmp_path, data):
-    "All images that have a depth are labelled at the start"
-    for i in Store(data).splits['train'][3:]: Store(data).file(i, 'depth').unlink()
+    "All images that have a depth are labeled at the start"
+    for i in Dataset(data).splits['train'][3:]: Dataset(data).file(i, 'depth').unlink()
     config = replace(TINY, data=str(data))
-    with pytest.raises(ValueError, match=r"takes all labels of \['depth'\]"): run(config, tmp_path/'run', progress=False)
+    message = r"takes all labels of \['depth'\]"
+    with pytest.raises(ValueError, match=message): run(config, tmp_path/'run', progress=False)
     assert not (tmp_path/'run').exists()
     run(replace(config, strategy='random_pairs'), tmp_path/'run', progress=False)
 
@@ -294,7 +333,7 @@ def files_up_to(n): resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 def test_disk_full_at_every_write(tmp_path, whole):
     folder, failed = tmp_path/'run', set()
     for n in chain([1], cycle([2, 3])):
-        code, error = Child(TINY, folder, partial(often, partial(full_at, n))).end()
+        code, error = Child(TINY, folder, partial(full_at, n), [Often()]).end()
         if not error: break
         assert code == 0 and f'no space left to write {folder}/' in error and CURE in error
         failed.add(re.search(r'write (\S+) \(', error)[1].rsplit('/')[-1])
@@ -315,37 +354,41 @@ def test_files_may_not_grow(tmp_path, whole):
 
 # Who owns the folder
 
-def stand_still():
-    def wait(*args, **kw): time.sleep(60)
-    loop.train = wait
+class StandStill(Hook):
+    def start(self, trainer): time.sleep(60)
 
 def test_one_process_at_a_time(tmp_path, whole):
     "The second is refused; when the first is killed, its lock is gone with it"
     folder = tmp_path/'run'
-    first = Child(TINY, folder, stand_still)
+    first = Child(TINY, folder, hooks=[StandStill()])
     while first.process.is_alive() and not (folder/'ledger.db').exists(): time.sleep(.01)
-    with pytest.raises(ValueError, match='is in use by another process; wait for it, or choose another --out'): run(TINY, folder, progress=False)
+    message = 'is in use by another process; wait for it, or choose another --out'
+    with pytest.raises(ValueError, match=message): run(TINY, folder, progress=False)
     assert first.end(0)[0] == -signal.SIGKILL
     assert Child(TINY, folder).end() == (0, '') and result(folder) == whole
 
-def test_the_folder_of_another_run(tmp_path, data, monkeypatch):
+def test_the_folder_of_another_run(tmp_path, data):
     folder = tmp_path/'run'
-    stop_after_first_round(TINY, folder, monkeypatch)
+    stop_after_first_round(TINY, folder)
     before = contents(folder)
-    for changes, says in ((dict(seed=1), "it has {'seed': 0}: choose another --out"), (dict(data=str(data)), 'holds a run on')):
+    for changes, message in ((dict(seed=1), "it has {'seed': 0}: choose another --out"),
+                             (dict(data=str(data)), 'holds a run on')):
         with pytest.raises(ValueError) as e: run(replace(TINY, **changes), folder, progress=False)
-        assert says in str(e.value) and contents(folder) == before
+        assert message in str(e.value) and contents(folder) == before
 
 def test_labels_of_another_run_are_injected(tmp_path, monkeypatch):
-    "Images that another run left labeled in part are told what is known of them while the rest is scored"
-    seen, score_pool = [], loop.score_pool
-    def watched(models, pool, pairs, known, *rest, **kw):
-        seen.append((pairs, known))
-        return score_pool(models, pool, pairs, known, *rest, **kw)
-    monkeypatch.setattr(loop, 'score_pool', watched)
+    "Images that another run left partly labeled have these labels injected while their other pairs are scored"
+    seen = []
+    entropy = SCORES['entropy']
+    def watched(models, arrays, pool, T, seed):
+        seen.append((pool.open, pool.inject))
+        return entropy(models, arrays, pool, T, seed)
+    watched.finite = entropy.finite
+    monkeypatch.setitem(SCORES, 'entropy', watched)
     run(replace(TINY, strategy='random_pairs', rounds=1), tmp_path/'first', progress=False)
     assert not seen
     run(replace(TINY, labels_from=str(tmp_path/'first'), rounds=1), tmp_path/'on', progress=False)
-    had = Counter(pair.image for pair in read_labelled(tmp_path/'first/ledger.db'))
-    (pairs, known), = seen
-    assert sorted(known.sum(1)[known.any(1)]) == sorted(n for n in had.values() if n < 3) != [] and pairs[known.any(1)].all()
+    had = Counter(pair.image for pair in read_labeled(tmp_path/'first/ledger.db'))
+    (pairs, inject), = seen
+    images = inject.any(1)
+    assert sorted(inject.sum(1)[images]) == sorted(n for n in had.values() if n < 3) != [] and pairs[images].all()

@@ -1,7 +1,10 @@
 "The house style, as tests: one function per rule, one line per fault, and for every rule a planted fault that it finds"
+import ast
+import io
 import json
 import re
 import subprocess
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -25,10 +28,68 @@ def small(p, most=30):
     for i, (kind, src, _) in enumerate(cells(p)):
         if kind == 'code' and len(lines(src)) > most: yield f'cell {i} has {len(lines(src))} lines, at most {most}'
 
-def narrow(p, most=150):
+def definitions(src): return [n for n in ast.parse(src).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+
+def single(p):
     for i, (kind, src, _) in enumerate(cells(p)):
-        if kind == 'code' and exported(src) and (long := [len(l) for l in lines(src) if len(l) > most]):
-            yield f'cell {i} exports a line of {max(long)} columns, at most {most}'
+        if kind == 'code' and exported(src) and len(definitions(src)) > 1:
+            yield f'cell {i} exports {[n.name for n in definitions(src)]}, expected one definition'
+
+def narrow(p, most=120):
+    for i, (kind, src, _) in enumerate(cells(p)):
+        if kind == 'code' and (long := [len(l) for l in lines(src) if len(l) > most]):
+            yield f'cell {i} has a line of {max(long)} columns, at most {most}'
+
+def narrow_file(p, most=120):
+    for i, l in enumerate(p.read_text('utf-8').splitlines(), 1):
+        if len(l) > most: yield f'line {i} has {len(l)} columns, at most {most}'
+
+def short(p, most=400):
+    n = len(p.read_text('utf-8').splitlines())
+    if n > most: yield f'{n} lines, at most {most}: a module of more is two'
+
+def unprivate(p):
+    for i, (kind, src, _) in enumerate(cells(p)):
+        if kind != 'code' or not exported(src): continue
+        for n in ast.walk(ast.parse(src)):
+            if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('partal_nb'):
+                private = [a.name for a in n.names if a.name[0] == '_']
+                yield from (f'cell {i} imports {name}, which is private to {n.module}' for name in private)
+
+# What a task is, is asked of its form: no comparison with the name of a form, a loss, a unit or a task.
+WHAT_A_TASK_IS = re.compile(
+    r"""\b(?:t|task|self\.task)\.(?:(?:form|kind|loss|unit) ?(?:[!=]=|(?:not )?in\b)|name ?[!=]= ?['"])""")
+FORMS_AND_TASKS = 'forms', 'tasks'
+
+def unbranched(p):
+    if module(p) in FORMS_AND_TASKS: return
+    for i, (kind, src, _) in enumerate(cells(p)):
+        if kind != 'code' or not exported(src): continue
+        for m in WHAT_A_TASK_IS.finditer(src):
+            yield f'cell {i} asks what a task is ({m[0]}); that belongs into its form'
+
+WORDS = { # what is not said -> the word for it; see the glossary
+    r'(?:un|re)?labell\w+': 'labeled', r'licenc\w+': 'license', r'colour\w*': 'color', r'\bgrey\w*': 'gray',
+    r'\bmetres?\b': 'meter', r'behaviour': 'behavior', r'neighbour': 'neighbor', r'normalis\w+': 'normalize',
+    r'\bby lot\b': 'at random', r'\bforet(?:ell|old)\w*': 'predicted', r'\bunsure\w*': 'uncertain',
+    r'\bopening price': 'image cost', r'\bnats as they are\b': 'unnormalized scores',
+    r'\bnot for sale\b': 'unavailable', r'\bbought up\b': 'fully labeled', r'\bdearer\b|\bdear\b': 'expensive',
+    r'\bmade anew\b|\bbegun anew\b': 'recreated',
+    r'\bsomebody who does not look\b': 'constant baseline', r'\bwhat came out\b': 'replication results',
+    r'\bparcels?\b': 'submission', r'\bSpeaker\b': 'MessageEncoder', r"train_by=.?looks": 'presentations'}
+OLD_SPELLINGS = { # where files of earlier versions are read, by module
+    'config': ('looks',), 'data.dataset': ('licence',), 'data.mat': ('licence',), 'runs.folder': ('looks',),
+    'training.checkpoint': ('speaker',)}
+
+RECORDED = re.compile(r'^- `partal run .*$', re.M) # commands of committed runs, word for word
+
+def worded(p):
+    old = OLD_SPELLINGS.get(module(p) if '_' in p.stem else '', ())
+    texts = [src for _, src, _ in cells(p)] if p.suffix == '.ipynb' else [RECORDED.sub('', p.read_text('utf-8'))]
+    for i, src in enumerate(texts):
+        for wrong, right in WORDS.items():
+            for m in re.finditer(wrong, src, re.I):
+                if not any(o in m[0] for o in old): yield f'cell {i} says {m[0]!r}; the word is {right!r}'
 
 def explicit(p):
     for i, (kind, src, _) in enumerate(cells(p)):
@@ -48,7 +109,8 @@ def proved(p, near=4):
         if not exported(src): continue
         for name in re.findall(r'^(?:def|class) ([a-zA-Z]\w*)', src, re.M):
             below = [s for s in code[i+1:] if not exported(s)][:near]
-            if not any(name in s and ('test_' in s or 'assert' in s) for s in below): yield f'{name} is not tested within {near} cells'
+            if any(name in s and ('test_' in s or 'assert' in s) for s in below): continue
+            yield f'{name} is not tested within {near} cells'
 
 def once(p):
     first = {}
@@ -56,7 +118,8 @@ def once(p):
         if first.setdefault(src, i) != i: yield f'cell {i} is a copy of cell {first[src]}'
 
 def quiet(p, most=100_000):
-    if 'widgets' in json.loads(p.read_text('utf-8'))['metadata']: yield 'stores widget state; execute with store_widget_state=False'
+    if 'widgets' in json.loads(p.read_text('utf-8'))['metadata']:
+        yield 'stores widget state; execute with store_widget_state=False'
     for i, (_, _, c) in enumerate(cells(p)):
         for o in c.get('outputs', []):
             if 'application/vnd.jupyter.widget-view+json' in o.get('data', {}): yield f'cell {i} stores a widget view'
@@ -67,7 +130,8 @@ def runnable(p):
     if len(tagged) != 1: yield f"{len(tagged)} cells are tagged `parameters`, papermill needs exactly one"
     for l in (l for src in tagged for l in lines(src)):
         if not re.match(r'\w+(:\w+)? ?= ?\S', l) and not l.startswith('#'): yield f'not one parameter a line: {l!r}'
-    if any(c.get('outputs') or c.get('execution_count') for _, _, c in cells(p)): yield 'stores outputs; jupyter nbconvert --clear-output --inplace'
+    if any(c.get('outputs') or c.get('execution_count') for _, _, c in cells(p)):
+        yield 'stores outputs; jupyter nbconvert --clear-output --inplace'
 
 def portable(p):
     found = re.search(r'(?<![\w.~$}-])/(home|root|Users|work|tmp)/\w+', p.read_bytes().decode('utf-8', 'ignore'))
@@ -78,26 +142,62 @@ def generated(p):
     if made and not (p.parent/made[1]).is_file(): yield f'its notebook {made[1]} is gone: delete the module'
 
 def in_git():
-    names = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, check=True, capture_output=True).stdout
+    command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     return [p for n in names.decode().split('\0') if n and (p := ROOT/n).is_file()]
 
-RULES = [(opening, NBS), (small, NBS), (narrow, NBS), (explicit, NBS), (upstream, NBS), (proved, NBS), (once, NBS), (quiet, EVERY), (runnable, TEMPLATES),
-         (portable, in_git()), (generated, sorted((ROOT/'partal_nb').rglob('*.py')))]
+PAGES = [p for p in EVERY if 'results' not in p.parts]
+PAGES += [*sorted((ROOT/'nbs').glob('*.qmd')), ROOT/'README.md', ROOT/'CONTRIBUTING.md']
+TESTS = sorted((ROOT/'tests').glob('*.py'))
+MODULES = sorted(p for p in (ROOT/'partal_nb').rglob('*.py') if p.name != '_modidx.py')
+RULES = [
+    (opening, NBS), (small, NBS), (single, NBS), (narrow, NBS), (narrow_file, TESTS), (short, MODULES), (explicit, NBS),
+    (upstream, NBS), (unprivate, NBS), (unbranched, NBS), (proved, NBS), (once, NBS), (quiet, EVERY),
+    (runnable, TEMPLATES), (worded, PAGES), (portable, in_git()), (generated, MODULES)]
 
 @pytest.mark.parametrize('rule,files', RULES, ids=[rule.__name__ for rule, _ in RULES])
 def test_style(rule, files):
     assert not [f'{p.relative_to(ROOT)}: {m}' for p in files for m in rule(p)]
 
-def code(*lines, tags=(), outputs=()):
-    return dict(cell_type='code', source='\n'.join(lines), metadata=dict(tags=list(tags)), outputs=list(outputs), execution_count=None)
+def tokens(src)->list[int]: # of each line that has any
+    found = {}
+    for t in tokenize.generate_tokens(io.StringIO(src).readline):
+        if t.type not in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING): continue
+        found[t.start[0]] = found.get(t.start[0], 0) + 1
+    return list(found.values())
 
-GOOD = [dict(cell_type='markdown', source='# t\n\n> s', metadata={}), code('#| export', 'def f(): pass'), code('assert f() is None')]
+def quantile(values, share): return sorted(values)[int(share*len(values))]
+
+def test_the_whole_is_easy_to_read():
+    exports = [src for p in NBS for kind, src, _ in cells(p) if kind == 'code' and exported(src)]
+    sizes = [len(lines(src)) for src in exports]
+    assert (quantile(sizes, .5), quantile(sizes, .9)) <= (10, 19) and quantile(sizes, .9) <= 19
+    assert quantile([n for src in exports for n in tokens(src)], .9) <= 24
+
+def test_each_notebook_shows_what_it_talks_about():
+    shown = re.compile('image/|plotly|text/html')
+    kinds = {p: [k for _, _, c in cells(p) for o in c.get('outputs', []) for k in o.get('data', {})] for p in NBS}
+    assert [p.name for p, found in kinds.items() if not shown.search(' '.join(found))] == []
+
+def code(*lines, tags=(), outputs=()):
+    return dict(cell_type='code', source='\n'.join(lines), metadata=dict(tags=list(tags)), outputs=list(outputs),
+                execution_count=None)
+
+GOOD = [
+    dict(cell_type='markdown', source='# t\n\n> s', metadata={}),
+    code('#| export', 'def f(): pass'),
+    code('assert f() is None')]
 VIEW = dict(data={'application/vnd.jupyter.widget-view+json': {}})
 SET = code('seed = 0', 'out:str = ""', tags=['parameters'])
 FAULTS = [
     (opening, 'is not "# Title"', [code('1')]),
     (small, 'has 31 lines', [code(*['1']*31)]),
-    (narrow, '151 columns', [code('#| export', 'x'*151)]),
+    (narrow, '121 columns', [code('x'*121)]),
+    (single, "['f', 'g'], expected one", [code('#| export', 'def f(): pass', 'class g: pass')]),
+    (unprivate, 'imports _x, which is private to partal_nb.core', [code('#| export', 'from partal_nb.core import _x')]),
+    (unbranched, 'asks what a task is (task.unit ==)', [code('#| export', "if task.unit == 'm': pass")]),
+    (unbranched, "asks what a task is (t.form in)", [code('#| export', "if t.form in ('classes',): pass")]),
+    (worded, "says 'by lot'; the word is 'at random'", [code('# drawn by lot')]),
     (explicit, 'wildcard', [code('#| export', 'from math import *')]),
     (upstream, 'which no notebook makes', [code('#| export', 'from partal_nb.nowhere import x')]),
     (upstream, 'not upstream', [code('#| export', 'from partal_nb.core import Task')]),
@@ -119,6 +219,11 @@ def test_a_planted_fault_is_found(rule, says, planted, tmp_path):
     assert not list(rule(notebook(tmp_path/'99_good.ipynb', GOOD + [SET])))
     found = list(rule(notebook(tmp_path/'00_bad.ipynb', planted)))
     assert len(found) == 1 and says in found[0], found
+
+def test_wide_and_long_files_are_found(tmp_path):
+    (tmp_path/'a.py').write_text('x'*121 + '\n'*400)
+    assert '121 columns' in next(narrow_file(tmp_path/'a.py'))
+    assert '400 lines, at most 399' in next(short(tmp_path/'a.py', 399))
 
 def test_widget_state_and_orphans_are_found(tmp_path):
     assert 'widget state' in next(quiet(notebook(tmp_path/'00_bad.ipynb', GOOD, widgets={})))
