@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .plugins import load_plugins
 from .commands.common import plain_errors, this_command
 from .commands.runs import (
     config, explore, kernel_install, notebook, report, run, strategies, sweep)
@@ -25,6 +26,7 @@ kernel_app = typer.Typer(help="Jupyter kernels for runs.", no_args_is_help=True)
 @app.callback()
 def partal():
     "Partial active learning for multi-task dense vision."
+    with plain_errors(): load_plugins() # those that are installed, and those that the environment names
 
 # %% ../nbs/99_cli.ipynb #a99f0002
 for command in (config, run, sweep, notebook, strategies, report, explore): app.command()(command)

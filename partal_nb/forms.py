@@ -102,6 +102,7 @@ class Form(NetworkForm):
     def range_note(self, task, high:float)->str: return ''      # for a contact sheet's title
     def for_picture(self, y): return y                          # (C, h, w) activated -> what is drawn
     def picture_error(self, pred, truth): return np.abs(pred - truth).mean(2) # (H, W, C) -> (H, W)
+    def value_unit(self, task)->str: return task.unit           # of a color bar
     def error_unit(self, task)->str: return task.unit
     def error_top(self, span)->float: return (span[1] - span[0])/4 # of the error's color scale
 
@@ -220,6 +221,7 @@ class YesNo(Discrete):
     def pixel_error(self, y, label): return ((y[:, 0] > .5) != label[:, 0]).float()
     def picture_range(self, span): return 0., 1.
     def limits(self, channels:int, high:float): return 0, 1
+    def value_unit(self, task)->str: return 'p'
     def error_unit(self, task)->str: return '|p − y|'
 
     def image_error(self, y, label, valid): # %: the mean distance of the probability, yes and no weighing alike

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'METERS', 'Meter', 'MIoU', 'PartsMIoU', 'RMSE', 'Angle', 'MaxIoU', 'overlap', 'precision_recall',
-           'MaxFOfMeans', 'OdsF', 'meter', 'multi_task_delta']
+           'MaxFOfMeans', 'OdsF', 'register_metric', 'meter', 'multi_task_delta']
 
 # %% ../nbs/24_metrics.ipynb #c00000bc
 from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from .tasks import Task
+from .tasks import LOWER_IS_BETTER, METRIC_NAMES, METRICS, Task
 from .boundaries import CUTS, best_f, boundary_counts, thin
 from .losses import check_shapes
 
@@ -200,6 +201,21 @@ class OdsF(Meter):
 METERS = dict( # name that `Task.metric` has -> its meter
     miou=MIoU, parts_miou=PartsMIoU, rmse=RMSE, angle=Angle, max_iou=MaxIoU, maxf_of_means=MaxFOfMeans,
     odsf=OdsF, odsf_nyuv2=partial(OdsF, tolerance=.011))
+
+# %% ../nbs/24_metrics.ipynb #33520a91
+def register_metric(
+    name:str,                   # what `Task.metric` will be
+    *forms:str,                 # names of the forms that it is for
+    lower_is_better:bool=False,
+)->Callable: # decorator of a `Meter`
+    "Make a metric known under `name`, to tasks too"
+    def register(cls):
+        METERS[name] = cls
+        METRICS[name] = forms
+        METRIC_NAMES.setdefault(name, name)
+        if lower_is_better and name not in LOWER_IS_BETTER: LOWER_IS_BETTER.append(name)
+        return cls
+    return register
 
 # %% ../nbs/24_metrics.ipynb #c00000b9
 def meter(

@@ -12,6 +12,7 @@ __all__ = ['LOSSES', 'METRICS', 'LOWER_IS_BETTER', 'METRIC_NAMES', 'KIND_OF_FORM
 import math
 import re
 from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 from typing import Any, Iterable, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ METRICS = dict(         # likewise
     odsf_nyuv2=('yes_no',),
     rmse=('distance', 'direction', 'values'),
     angle=('direction', 'values'))
-LOWER_IS_BETTER = ('rmse', 'angle')
+LOWER_IS_BETTER = ['rmse', 'angle']
 METRIC_NAMES = dict(    # for people
     miou='mIoU', parts_miou='mIoU', max_iou='best IoU', maxf_of_means='maxF', odsf='odsF', odsf_nyuv2='odsF',
     rmse='RMSE', angle='mean angle')
@@ -82,7 +83,7 @@ def _check_task(t:Task):
 # %% ../nbs/03_tasks.ipynb #cc37bd68
 def _check_fits(t:Task, what:str, known:dict):
     got = getattr(t, what)
-    fit = [name for name, forms in known.items() if t.form in forms]
+    fit = [name for name, forms in known.items() if any(isinstance(t.form, type(get_form(f))) for f in forms)]
     if got in fit: return
     raise ValueError(f"task {t.name!r}: {what} {got!r} does not fit form {str(t.form)!r}; there are {fit}")
 
@@ -112,6 +113,7 @@ def task_to_version_1(
     "A task as it was written before there were forms"
     d = asdict(t)
     kind = KIND_OF_FORM.get(t.form, str(t.form))
+    if form_of_kind(SimpleNamespace(**d | dict(form=kind))) != t.form: kind = str(t.form) # no kind says that
     return {('kind' if k == 'form' else k): (kind if k == 'form' else v) for k, v in d.items()}
 
 # %% ../nbs/03_tasks.ipynb #cbe22aa9

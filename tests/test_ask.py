@@ -495,7 +495,7 @@ def test_a_hint_when_to_stop(project):
     assert 'An extrapolation of 3 networks' in str(s) and 'the next 5 CHF are expected to bring' in str(s)
     left = (more.tasks.open*more.tasks.price).sum() # no more can be spent, so no more is promised
     assert 500 > more.money == pytest.approx(left)
-    assert f'next: {left:g} CHF of 500, for no more is open, buy' in str(more)
+    assert f'next: {left:g} CHF of 500, for no more is unlabeled, buy' in str(more)
     assert f'the next {left:g} CHF are expected to bring' in more.hint.text
     out = project.folder/'money.png'
     r = called('status', '-p', project.folder, '--picture', out)

@@ -343,7 +343,8 @@ def _reason(p:Project, pool:Pool, scores:Scores, n:int, k:int)->str: # why image
     injected = [name for name, has in zip(p.names, pool.labeled[n]) if has]
     among = raw[pool.open[:, k]]
     order = int((among > raw[n]).sum()) + 1
-    text = (f"{p.config.strategy}: {project_acquisition(p).measure} {raw[n]:.3g}, {order} of {len(among)} open {task}, "
+    text = (f"{p.config.strategy}: {project_acquisition(p).measure} {raw[n]:.3g}, "
+            f"{order} of {len(among)} unlabeled {task}, "
             f"normalized {scores.norm[n, k]:.2f}")
     return f"{text}; injected: {' + '.join(injected)}" if injected and p.config.inject_score else text
 
@@ -373,10 +374,11 @@ def _query(p:Project, task:Task, image:str, rgb:np.ndarray, arrays, model): # ->
     if model is None: return Query(image, task, rgb)
     import torch
     from torch.nn.functional import interpolate
+    from partal_nb.data.arrays import unit_rgb
     size = rgb.shape[:2]
     n = np.array([p.images.index(image)])
-    x, labels = arrays.batch(n, arrays.available[n])
-    x = x.to(next(model.parameters()).device).float()/255
+    photo, labels = arrays.batch(n, arrays.available[n])
+    x = unit_rgb(photo, next(model.parameters()).device)
     inject = {k: v.to(x.device) for k, v in labels.items()}
     set_seed(derive_seed(p.config.seed, 'query', image, task.name))
     entropy = project_acquisition(p).maps(model, x, inject)[task.name]

@@ -15,6 +15,7 @@ import pandas as pd
 from ..pool import Pool
 from ..select.prices import Prices, least_total, price_of
 from ..runs.journal import Steps
+from ..reports.read import metric_unit
 from .project import Project, open_project, prices_now
 from .ask import pick
 from .tell import many
@@ -213,7 +214,7 @@ def _forecast(p:Project, pool:Pool, prices:Prices, money:float, wanted:float)->s
     n = np.bincount(picks.index[:, 1], minlength=len(p.tasks))
     bought = ', '.join(f'{v} {name}' for v, name in zip(n, p.names) if v)
     cost = amount(price_of(picks, pool, prices).sum())
-    less = f' of {amount(wanted)}, for no more is open,'*(wanted > money)
+    less = f' of {amount(wanted)}, for no more is unlabeled,'*(wanted > money)
     total = '' if cost == amount(money) else f' for {cost}'
     how = f'by the scores of round {scored[-1]}' if scored else 'drawn at random, for nothing was scored yet'
     return f"{amount(money)} {p.prices.unit}{less} buy {bought}{total}, {how}"
@@ -222,7 +223,8 @@ def _forecast(p:Project, pool:Pool, prices:Prices, money:float, wanted:float)->s
 def _as_text(p:Project, points:pd.DataFrame)->str:
     if not len(points): return ''
     images = _results(p, int(points['round'].iloc[-1]))['evaluate']['images']
-    names = {t.name: f"{t.name} {t.metric} ({t.unit or '%'}) {'↓' if t.lower_is_better else '↑'}" for t in p.tasks}
+    arrow = lambda t: '↓' if t.lower_is_better else '↑'
+    names = {t.name: f"{t.name} {t.metric} ({metric_unit(t, t.metric)}) {arrow(t)}" for t in p.tasks}
     on = ', '.join(f'{n} {t}' for t, n in images.items() if n)
     text = (f"The networks so far, on the held-out labels ({on}). "
             f"worth: all labels at the prices set, {p.prices.unit}; quality: mean change of the tasks, %")
@@ -242,7 +244,7 @@ def money_figure(
     _quality_axes(axes[0], points, money)
     for ax, t in zip(axes[1:], tasks):
         ax.plot(points.worth, points[t.name], 'o-', color='C0', ms=4)
-        ax.set(title=f"{t.name}: {t.metric} {'↓' if t.lower_is_better else '↑'}", ylabel=t.unit or '%')
+        ax.set(title=f"{t.name}: {t.metric} {'↓' if t.lower_is_better else '↑'}", ylabel=metric_unit(t, t.metric))
     for ax in axes:
         ax.set_xlabel(f'labels at set prices ({p.prices.unit})', fontsize=8)
         ax.grid(alpha=.3)

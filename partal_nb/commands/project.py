@@ -89,10 +89,12 @@ def init(
     min_gain:Annotated[float, typer.Option(
         help="% of quality that a unit of money should bring; 0: a tenth of what it brought so far.")]=0.,
     changes:Changes=None,
+    plugins:Imports=None,
 ):
     "Make a labeling project from a folder of images."
     with plain_errors():
         from partal_nb.annotate.project import init
+        load_plugins(plugins or ())
         changed = parse_changes(changes)
         for field in sorted({'data', 'tasks', 'preset'} & set(changed)):
             raise ValueError(f"--set {field}=…: can't be set here, see --help")

@@ -101,7 +101,7 @@ def label_cell(
     text = form.text(task, y, void)
     if form.colored(task.channels): return Cell(title, paint(task, y), text)
     scale = form.picture_range(span)
-    return Cell(title, form.place(text), text, task.unit or 'p', scale, task.cmap, form.ticks, bar)
+    return Cell(title, form.place(text), text, form.value_unit(task), scale, task.cmap, form.ticks, bar)
 
 # %% ../../nbs/91_explore.figure.ipynb #c0000230
 def map_cell(

@@ -24,6 +24,7 @@ from ..model.padnet import PADNet
 from ..metrics import meter
 from ..training.evaluate import evaluate
 from ..runs.pictures import as_label
+from ..reports.read import metric_unit
 from .run import NetworkOutput, RunView, kept
 from .figure import (
     Cell, axis_title, error_cell, error_map, figure, label_cell, map_cell,
@@ -160,7 +161,7 @@ def metric_texts(
     "A metric before and after, and how much better or worse"
     if before is None or after is None: return 'no label', 'no label', '–'
     gain = (before - after)*(1 if t.lower_is_better else -1)
-    unit = t.unit if t.lower_is_better else '%'
+    unit = metric_unit(t, t.metric)
     change = f'{number(abs(gain))} {unit} {"better" if gain > 0 else "worse"}'
     return f'{number(before)} {unit}', f'{number(after)} {unit}', 'same' if abs(gain) < .005 else change
 
@@ -263,7 +264,7 @@ def _subset_traces(m:SubsetMetrics, names:bool)->list: # the means of sets of on
 def _panel_axes(m:SubsetMetrics, i:int, x:list, y:list, K:int)->dict: # of the i-th of K panels; x, y: where it is
     t, low, high = m.task, min(m.values), max(m.values)
     pad = .15*(high - low) or 1
-    unit = f'({t.unit}) ↓' if t.lower_is_better else '(%) ↑'
+    unit = f'({metric_unit(t, t.metric)}) {"↓" if t.lower_is_better else "↑"}'
     across = dict(
         domain=x, anchor=f'y{i}', dtick=1, range=[-.2, K - .8],
         title=axis_title('true modalities'), zeroline=False)

@@ -70,9 +70,9 @@ def _fill(basket:_Basket, ranked:np.ndarray): # ranked: (M, 2) pairs, best first
 def check_any_open(
     pool:Pool,
 ):
-    "Refuse a pool without an open pair"
+    "Refuse a pool without an unlabeled pair"
     if pool.open.any(): return
-    raise ValueError(f"0 of {pool.open.size} pairs are open, there is nothing to buy; enlarge the pool")
+    raise ValueError(f"0 of {pool.open.size} pairs are unlabeled, there is nothing to buy; enlarge the pool")
 
 # %% ../../nbs/56_select.budget.ipynb #c000011d
 def _empty_basket(pool:Pool, prices:Prices, budget:float)->_Basket:
@@ -85,7 +85,7 @@ def _empty_basket(pool:Pool, prices:Prices, budget:float)->_Basket:
     basket = _Basket(t, labeled, open_set, free, budget, 1e-9*abs(budget))
     least = basket.prices().min()
     if least < math.inf and not basket.can_pay(least):
-        raise ValueError(f"budget of {budget:g} {prices.unit}, but the cheapest open pair costs {least:g}; "
+        raise ValueError(f"budget of {budget:g} {prices.unit}, but the cheapest unlabeled pair costs {least:g}; "
                          "ask for that or more")
     return basket
 
@@ -101,7 +101,7 @@ def _picks(basket:_Basket, ranked:np.ndarray, score:np.ndarray, budget:float)->P
 
 # %% ../../nbs/56_select.budget.ipynb #c000011e
 def follow(
-    ranking:Picks, # all open pairs, best first
+    ranking:Picks, # all unlabeled pairs, best first
     pool:Pool,
     prices:Prices,
     budget:float,  # in the unit of `prices`
@@ -109,7 +109,8 @@ def follow(
 )->Picks: # in the order of the ranking, with its scores
     "What `budget` buys along a ranking"
     if len(ranking) != pool.open.sum():
-        raise ValueError(f"ranking of {len(ranking)} pairs, but {pool.open.sum()} are open; rank every open pair")
+        raise ValueError(f"ranking of {len(ranking)} pairs, but {pool.open.sum()} are unlabeled; "
+                         "rank every unlabeled pair")
     basket = _empty_basket(pool, prices, budget)
     place = np.cumsum(np.diff(ranking.score, prepend=0) != 0) # the same for equal scores
     by_pair = rng.random(len(place))
@@ -153,7 +154,7 @@ def _hull(
 # %% ../../nbs/56_select.budget.ipynb #59c2045e
 def _steps_of(
     tariff:Tariff,
-    gain:np.ndarray,   # (N, K) value of each open pair, >= 0
+    gain:np.ndarray,   # (N, K) value of each unlabeled pair, >= 0
     images:np.ndarray, # (n,) of one state
     state:tuple,       # their labeled set and open set
 )->list[tuple]: # image, set, price, rate and number of the step, (m,) each
@@ -197,7 +198,7 @@ def _climb(basket:_Basket, image:np.ndarray, got:np.ndarray, price:np.ndarray):
 
 # %% ../../nbs/56_select.budget.ipynb #c000011f
 def buy(
-    value:np.ndarray, # (N, K) float, higher is better, 0 is worth nothing; read only where a pair is open
+    value:np.ndarray, # (N, K) float, higher is better, 0 is worth nothing; read only where a pair is unlabeled
     pool:Pool,
     prices:Prices,    # `prices.in_pairs()` for a budget in pairs
     budget:float,     # in the unit of `prices`

@@ -38,7 +38,7 @@ def quotas(
 
 # %% ../../nbs/53_select.shares.ipynb #85471f0d
 def in_shares(
-    value:np.ndarray,  # (N, K) float, the higher the earlier within its task; read where a pair is open
+    value:np.ndarray,  # (N, K) float, the higher the earlier within its task; read where a pair is unlabeled
     pool:Pool,
     budget:int,        # pairs
     rng:Generator,     # breaks ties
@@ -63,7 +63,7 @@ def in_shares(
 
 # %% ../../nbs/53_select.shares.ipynb #5468502f
 def _best_of_each_task(value:np.ndarray, pool:Pool, n:int, rng:Generator): # (N, K) bool
-    "The `n` open pairs of each task with the highest value, or all where there are fewer"
+    "The `n` unlabeled pairs of each task with the highest value, or all where there are fewer"
     best = np.zeros(pool.open.shape, bool)
     for k, rows in enumerate(pool.open.T):
         column = np.where(rows, value[:, k], -np.inf)
@@ -73,7 +73,7 @@ def _best_of_each_task(value:np.ndarray, pool:Pool, n:int, rng:Generator): # (N,
 
 # %% ../../nbs/53_select.shares.ipynb #5af90852
 def with_floor(
-    value:np.ndarray, # (N, K) float, higher is better; read where a pair is open
+    value:np.ndarray, # (N, K) float, higher is better; read where a pair is unlabeled
     pool:Pool,
     budget:int,       # pairs
     rng:Generator,    # breaks ties
@@ -88,10 +88,10 @@ def with_floor(
 
 # %% ../../nbs/53_select.shares.ipynb #f2d26dba
 def floor_ranking(
-    value:np.ndarray, # (N, K) float, higher is better; read where a pair is open
+    value:np.ndarray, # (N, K) float, higher is better; read where a pair is unlabeled
     pool:Pool,
     rng:Generator,    # breaks ties
-)->Picks: # all open pairs
+)->Picks: # all unlabeled pairs
     "Alternately the next pair of the equal shares and of the ranking over all tasks"
     n = int(pool.open.sum())
     equal = np.ones(len(pool.tasks))

@@ -195,20 +195,20 @@ def pair_needs(
 # %% ../../nbs/55_select.strategy.ipynb #4f2f39ea
 add_row('partal', "The pairs with the largest normalized score (PartAL, section 3)", score='entropy')
 add_row('partal_raw', "The pairs with the largest unnormalized score", score='entropy', scale='raw')
-add_row('rbal', "All open pairs of the images with the largest sum over tasks of ranks",
+add_row('rbal', "All unlabeled pairs of the images with the largest sum over tasks of ranks",
         score='entropy', scale='ranks', unit='image')
-add_row('random', "All open pairs of images drawn at random", pick='random', unit='image')
+add_row('random', "All unlabeled pairs of images drawn at random", pick='random', unit='image')
 add_row('random_pairs', "Pairs drawn at random", pick='random')
 add_row('bald_pairs', "The pairs on which the passes disagree most, normalized", score='disagreement')
 add_row('inconsistency', "The pairs whose final prediction differs most from the first guess, normalized",
         score='inconsistency')
 add_row('partal_floor', "As partal, but every task gets at least half of an equal share",
         score='entropy', shares='floor')
-add_row('learning_loss', "All open pairs of the images with the largest predicted loss",
+add_row('learning_loss', "All unlabeled pairs of the images with the largest predicted loss",
         score='loss', scale='raw', unit='image', of_image='max')
 add_row('true_error', "The pairs that the network gets most wrong, ranked within each task; "
         "for research, since it reads the labels", score='error', scale='place')
-add_row('coreset', "All open pairs of the images that cover the feature space: k-center greedy from the labeled ones",
+add_row('coreset', "All unlabeled pairs of the images that cover the feature space: k-center from the labeled ones",
         pick='cover', unit='image')
 
 # %% ../../nbs/55_select.strategy.ipynb #7f230f63
@@ -269,7 +269,7 @@ def select(
     rng:Generator, # the round's own, so that a resumed run picks the same
     context:Context=Context(), # how far the run is, and what its purchases showed
     limit:np.ndarray|None=None, # (K,) labels of a task that will be bought at most, where all pairs are to be ranked
-)->Picks: # `budget` different open pairs, best first
+)->Picks: # `budget` different unlabeled pairs, best first
     "What a strategy buys"
     f = get_strategy(name)
     check_budget(pool, budget)

@@ -16,28 +16,29 @@ def check_budget(
     pool:Pool,
     budget:int, # pairs
 ):
-    "Refuse a budget that the open pairs can't use up"
+    "Refuse a budget that the unlabeled pairs can't use up"
     n = int(pool.open.sum())
     size = pool.open.size
     if not n:
-        raise ValueError(f"budget of {budget} pairs, but none of {size} is open: "
+        raise ValueError(f"budget of {budget} pairs, but none of {size} is unlabeled: "
                          "all are labeled or not available; enlarge the pool")
     if not 1 <= budget <= n:
-        raise ValueError(f"budget of {budget} pairs, but {n} of {size} are open; ask for 1 to {n}, or enlarge the pool")
+        raise ValueError(f"budget of {budget} pairs, but {n} of {size} are unlabeled; "
+                         f"ask for 1 to {n}, or enlarge the pool")
 
 # %% ../../nbs/51_select.top.ipynb #c0000103
 def check_values(
     value:np.ndarray, # (N, K)
     pool:Pool,
 ):
-    "Refuse values that are not finite at an open pair"
+    "Refuse values that are not finite at an unlabeled pair"
     if np.isfinite(value).all(): return
     bad = pool.open & ~np.isfinite(value)
     if not bad.any(): return
     n, k = np.argwhere(bad)[0]
     raise ValueError(f"image {pool.images[n]!r}, task {pool.names[k]!r}: score is {value[n, k]}, "
-                     f"one of {bad.sum()} that are not finite among {pool.open.sum()} open pairs; "
-                     "score every open pair, and see where the network's outputs stop being numbers")
+                     f"one of {bad.sum()} that are not finite among {pool.open.sum()} unlabeled pairs; "
+                     "score every unlabeled pair, and see where the network's outputs stop being numbers")
 
 # %% ../../nbs/51_select.top.ipynb #bf632d7b
 def _descending(v:np.ndarray)->np.ndarray: # positions
@@ -52,7 +53,7 @@ def _descending(v:np.ndarray)->np.ndarray: # positions
 
 # %% ../../nbs/51_select.top.ipynb #0b805f3a
 def _reached(value:np.ndarray, open_pairs:np.ndarray, budget:int)->float:
-    "A value that more than `budget` open pairs reach, estimated from a sample"
+    "A value that more than `budget` unlabeled pairs reach, estimated from a sample"
     sample = value.ravel()[::61][open_pairs.ravel()[::61]] # 61: prime, so that every task is in it
     share = budget*len(sample)/open_pairs.sum()
     rank = int(share + 6*np.sqrt(share) + 10)
@@ -60,7 +61,7 @@ def _reached(value:np.ndarray, open_pairs:np.ndarray, budget:int)->float:
 
 # %% ../../nbs/51_select.top.ipynb #f1fdd71f
 def _best(value:np.ndarray, open_pairs:np.ndarray, budget:int, rng:Generator)->np.ndarray: # (M,) flat
-    "The `budget` open pairs with the highest value in no order; ties broken at random"
+    "The `budget` unlabeled pairs with the highest value in no order; ties broken at random"
     at = np.flatnonzero(open_pairs & (value >= _reached(value, open_pairs, budget)))
     if len(at) < budget: at = np.flatnonzero(open_pairs)
     v = value.ravel()[at]
@@ -72,12 +73,12 @@ def _best(value:np.ndarray, open_pairs:np.ndarray, budget:int, rng:Generator)->n
 
 # %% ../../nbs/51_select.top.ipynb #04b4a1ab
 def top_pairs(
-    value:np.ndarray, # (N, K) float, higher is better; read only where a pair is open
+    value:np.ndarray, # (N, K) float, higher is better; read only where a pair is unlabeled
     pool:Pool,
     budget:int,       # M, pairs
     rng:Generator, # breaks ties
 )->Picks:
-    "The open pairs with the highest `value`"
+    "The unlabeled pairs with the highest `value`"
     check_budget(pool, budget)
     check_values(value, pool)
     at = _best(value, pool.open, budget, rng)
@@ -95,7 +96,7 @@ def top_images(
     budget:int,       # M, pairs
     rng:Generator, # breaks ties
 )->Picks:
-    "All open pairs of the images with the highest `value`, the last image cut to the budget"
+    "All unlabeled pairs of the images with the highest `value`, the last image cut to the budget"
     check_budget(pool, budget)
     check_values(np.broadcast_to(value[:, None], pool.open.shape), pool)
     order = np.lexsort((rng.random(len(value)), -value))

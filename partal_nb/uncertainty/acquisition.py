@@ -106,8 +106,12 @@ def need_name(
 )->str:
     "The name of a need; a function is registered under its own"
     if callable(need):
-        score(need.__name__)(need)
-        return need.__name__
+        name = getattr(need, '__name__', '')
+        if not name.isidentifier():
+            raise ValueError(f"need {need!r}: a function of your own is known by its name, and this has none; "
+                             "define it with `def`, or register it with @score('name')")
+        score(name)(need)
+        return name
     if need not in SCORES and need != FEATURES:
         raise ValueError(f"unknown need {need!r}; there are {list(describe_needs())}, or a function of your own")
     return need
@@ -125,7 +129,7 @@ def need_names(
 def check_scores(
     name:str,         # of the score, for messages
     found:np.ndarray, # what it returned
-    pool:Pool,        # whose open pairs were scored
+    pool:Pool,        # whose unlabeled pairs were scored
 ):
     "Refuse a score of another shape, or one that is not a finite number where it must be"
     if found.shape != pool.open.shape:
@@ -214,7 +218,7 @@ def normalized(self:Acquisition,
 def scores(self:Acquisition,
     models,                      # the round's network, or those of an ensemble
     arrays,                      # the pool's `Arrays`, N images
-    pool:Pool,                   # whose open pairs are scored; its labels are injected
+    pool:Pool,                   # whose unlabeled pairs are scored; its labels are injected
     seed:int,                    # of the round's scores
     start:np.ndarray|None=None,  # (N, K) bool, pairs labeled at the start, scored beside to see how the scale moves
     first:Scores|None=None,      # of the first round; None: this is it

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import derive_seed, set_seed
-from ..data.arrays import Arrays
+from ..data.arrays import Arrays, unit_rgb
 from ..model.padnet import PADNet, arithmetic
 from ..training.schedule import prefetch
 from .passes import estimate, first_network
@@ -47,7 +47,7 @@ def _load(
 )->tuple: # positions, images in [0, 1], labels to inject or None
     "One batch on the device"
     rgb, labels = arrays.batch(at, inject)
-    x = (rgb.to(device).float()/255).contiguous(memory_format=torch.channels_last)
+    x = unit_rgb(rgb, device, channels_last=True)
     names = [t.name for t, some in zip(arrays.tasks, inject.any(0)) if some]
     return at, x, {name: labels[name].to(device) for name in names} or None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import derive_seed, set_seed
 from ..tasks import Task
-from ..data.arrays import Arrays
+from ..data.arrays import Arrays, unit_rgb
 from ..model.padnet import PADNet
 from .passes import first_network
 from .maps import entropy_maps
@@ -99,7 +99,7 @@ def uncertainty_quality(
     parts = []
     for i in range(0, len(arrays), batch_size):
         rgb, labels = arrays.batch(np.arange(i, min(i + batch_size, len(arrays))))
-        x = (rgb.to(device).float()/255).contiguous(memory_format=torch.channels_last)
+        x = unit_rgb(rgb, device, channels_last=True)
         parts.append(_batch_quality(models, x, labels, arrays.tasks, derive_seed(seed, i), how))
     found = {}
     for t in arrays.tasks:

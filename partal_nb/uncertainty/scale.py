@@ -143,6 +143,6 @@ def normalize(
     no_range = np.isnan(first).all(0) & ~np.isnan(raw).all(0)
     if name in FROZEN and no_range.any():
         lost = [tasks[k] if tasks else int(k) for k in np.flatnonzero(no_range)]
-        raise ValueError(f"no open pair of {lost} in the first round, so their scores have no range; "
+        raise ValueError(f"no unlabeled pair of {lost} in the first round, so their scores have no range; "
                          "leave these tasks out")
     return SCALES[name](raw, first, drift, bought)
