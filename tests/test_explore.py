@@ -332,7 +332,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
     "The browser gets the one that is looked at, in whatever order, and not the pool"
     frames = []
     page.on('websocket', lambda s: s.on('framereceived', lambda data: frames.append(len(data))))
-    with app('entropy', thousand.folder, page, tmp_path) as url:
+    with app('entropy', thousand.folder.path, page, tmp_path) as url:
         page.goto(url, timeout=PATIENCE)
         plot = figure(page)
         choice = page.locator('.widget-dropdown', has_text='order')

@@ -56,7 +56,7 @@ def test_supervised(full):
 
 def test_normalization(place):
     said, _ = notebook(place, 'normalization', changes=TINY)
-    assert sorted(f.name for f in run_folders([place/'normalization'])) == ['min-max-0', 'raw-0'] and 'one seed' in said
+    assert sorted(f.name for f in run_folders([place/'normalization'])) == ['min-max-0', 'raw-0'] and 'One seed' in said
 
 def test_compare(place, study, full):
     said, kinds = notebook(place, 'compare', runs=['partial_only', 'supervised'])
