@@ -7,7 +7,6 @@ __all__ = ['DEPTH_RANGE', 'MOST_MM', 'FORMS', 'FileForm', 'masked_mean', 'Networ
            'Distance', 'unit_or_void', 'Direction', 'angle_texts', 'Values', 'get_form']
 
 # %% ../nbs/02_forms.ipynb #1a0335e4
-import math
 from functools import lru_cache
 
 import numpy as np

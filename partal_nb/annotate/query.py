@@ -11,7 +11,7 @@ __all__ = ['SLACK', 'IMAGE_SUFFIXES', 'ANSWER_COLUMNS', 'ABOUT_UNCERTAINTY', 'AB
 # %% ../../nbs/80_annotate.query.ipynb #c00001ab
 import csv
 import io
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator
 

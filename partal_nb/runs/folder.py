@@ -15,7 +15,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import write_json
 from ..tasks import Task, task_from_dict
 from ..config import RunConfig, config_from_dict, config_hash
 from ..pool import Pool, Scores, scores_from_rows

@@ -29,7 +29,7 @@ from ..core import write_atomic
 from ..config import PRESETS, RunConfig, config_from_dict, preset
 from ..plugins import imports, load_plugins
 from .journal import read_journal
-from .folder import RunFolder, is_finished
+from .folder import is_finished
 
 # %% ../../nbs/67_runs.sweep.ipynb #141b0960
 def parse_seeds(

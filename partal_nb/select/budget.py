@@ -19,7 +19,6 @@ from ..pool import Context, Picks, Pool, Scores
 from .top import check_values
 from .prices import Prices, Tariff, for_each_state, from_bits, to_bits
 from .shares import RANKED, quotas, share_weights
-from .pick import get_pick
 from .strategy import get_strategy, pair_needs, select
 
 # %% ../../nbs/56_select.budget.ipynb #bd551900
