@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from partal_nb.reports.compare import interval, paired, seeds_needed, sign_flip
+from partal_nb.reports.compare import paired
+from partal_nb.statistics import interval, seeds_needed, sign_flip
 from partal_nb.reports.page import write_report
 from partal_nb.reports.read import read_study, run_folders
 

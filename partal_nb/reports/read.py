@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ERRORS', 'UNITLESS', 'SETTINGS', 'FREE_FIELDS', 'FREE_OF_REFERENCE', 'RunRecord', 'read_run',
-           'run_folders', 'metric_unit', 'round_rows', 'tidy', 'differences', 'check_alike', 'read_all', 'read_runs',
-           'call_it', 'Study', 'main_metrics', 'check_reference', 'read_study', 'spread']
+           'run_folders', 'metric_unit', 'round_rows', 'tidy', 'with_metrics', 'differences', 'check_alike', 'read_all',
+           'read_runs', 'call_it', 'Study', 'main_metrics', 'check_reference', 'read_study', 'is_as_planned',
+           'finished_seeds', 'check_one_origin', 'read_planned', 'spread']
 
 # %% ../../nbs/70_reports.read.ipynb #c0000178
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..tasks import LOWER_IS_BETTER, Task
+from ..config import RunConfig, config_hash
 from ..runs.folder import RunFolder
+from ..runs.plan import Plan, planned_runs
 
 # %% ../../nbs/70_reports.read.ipynb #6113c177
 @dataclass(frozen=True)
@@ -111,6 +115,18 @@ def tidy(
         for line in run.rounds:
             rows += round_rows(run, line)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+# %% ../../nbs/70_reports.read.ipynb #66b3d6ce
+def with_metrics(
+    df:pd.DataFrame,        # of `read_runs`
+    metrics:dict[str, str], # task -> metric in place of its main one
+)->pd.DataFrame: # the same rows, others of them `main`
+    "The same runs, judged by other metrics"
+    for task, metric in metrics.items():
+        there = df[df.task == task].metric.unique().tolist()
+        if metric not in there: raise ValueError(f"task {task!r} has no metric {metric!r}; there are {there}")
+    chosen = df.task.map(metrics)
+    return df.assign(main=np.where(chosen.isna(), df.main, df.metric == chosen))
 
 # %% ../../nbs/70_reports.read.ipynb #132c91ad
 FREE_FIELDS = ('strategy', 'seed', 'preset', 'data', 'device', 'labels_from') # in which runs of one table may differ
@@ -244,6 +260,59 @@ def read_study(
     full = [r for r in rest if set(r.tasks) >= tasks]
     single = [r for r in rest if len(r.tasks) == 1 and r not in full]
     return Study(runs, full, single)
+
+# %% ../../nbs/70_reports.read.ipynb #ac3fa563
+def is_as_planned(
+    config:RunConfig, # of the planned run
+    folder,           # where it would lie
+)->bool: # is it finished? A run that is another one is refused
+    "Does a folder hold a planned run with all its rounds? Where its data lie does not matter"
+    folder = RunFolder(folder)
+    if not folder.exists: return False
+    expected = config_hash(config)
+    found = folder.about.get('hash')
+    if found != expected:
+        raise ValueError(f"{folder.path}: expected the planned run, of hash {expected}, got {found}; "
+                         "remove it, or make the study again from its plan")
+    return len(folder.journal()) == config.rounds + 1
+
+# %% ../../nbs/70_reports.read.ipynb #4d0d0413
+def finished_seeds(
+    plan:Plan,
+    out,      # folder with the study's run folders
+    pool:str, # one of `plan.pools`
+)->list[int]: # of which every arm is finished
+    "The seeds of a planned study that can be compared"
+    runs = planned_runs(plan, out)
+    missing = {c.seed for f, c in runs.items() if f.parent == Path(out)/pool and not is_as_planned(c, f)}
+    return [seed for seed in plan.seeds if seed not in missing]
+
+# %% ../../nbs/70_reports.read.ipynb #6acebbf4
+def check_one_origin(
+    folders:Iterable, # of runs that are compared
+):
+    "Refuse runs of one comparison that different commits made, or different numbers of threads"
+    seen = {}
+    for f in folders:
+        about = RunFolder(f).about
+        origin = about.get('commit'), about.get('machine', {}).get('threads')
+        seen.setdefault(origin, f)
+        if len(seen) > 1:
+            (a, one), (b, two) = seen.items()
+            raise ValueError(f"{one} and {two}: expected one commit and number of threads, got {a} and {b}; "
+                             "make the runs of a comparison again from one checkout")
+
+# %% ../../nbs/70_reports.read.ipynb #039d5f88
+def read_planned(
+    plan:Plan,
+    out,      # folder with the study's run folders
+    pool:str, # one of `plan.pools`
+)->list[RunRecord]: # of the finished seeds, `strategy` is the arm
+    "The runs of a planned study in one pool"
+    seeds = finished_seeds(plan, out, pool)
+    folders = {Path(out)/pool/f'{arm}-{seed}': arm for seed in seeds for arm in plan.arms}
+    check_one_origin(folders)
+    return [named for f, arm in folders.items() for named in call_it([read_run(f)], arm)]
 
 # %% ../../nbs/70_reports.read.ipynb #cabeac9f
 def spread(
