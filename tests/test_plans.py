@@ -1,4 +1,4 @@
-"Studies written down before their first run: each plan can be read, and the committed runs of a study are the planned ones"
+"Studies written down before their first run: each plan can be read, and the committed runs are the planned ones"
 from pathlib import Path
 
 import pytest
