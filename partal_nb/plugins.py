@@ -35,11 +35,12 @@ def full_name(
     return str(Path(name).expanduser().resolve()) if is_path else name
 
 # %% ../nbs/58_plugins.ipynb #a7f10012
+_NO_FILE = "expected a Python file, or a folder with an __init__.py, found none; give its path with --import"
+
 def _module_file(path:Path)->Path: # the file that Python executes
     file = path/'__init__.py' if path.is_dir() else path
     if file.is_file(): return file
-    raise FileNotFoundError("expected a Python file, or a folder with an __init__.py, found none; "
-                            "give its path with --import")
+    raise FileNotFoundError(_NO_FILE)
 
 # %% ../nbs/58_plugins.ipynb #a7f10013
 def _import_file(path:Path):
@@ -49,6 +50,7 @@ def _import_file(path:Path):
     file = _module_file(path)
     places = [str(path)] if path.is_dir() else None
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=places)
+    if spec is None or spec.loader is None: raise FileNotFoundError(_NO_FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try: spec.loader.exec_module(module)

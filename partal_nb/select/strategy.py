@@ -82,7 +82,7 @@ def pick_pairs(
     limit:np.ndarray|None=None, # (K,) labels of a task that will be bought at most; None: follows from the budget
 )->Picks:
     "The pairs that a row of choices buys"
-    value = worth(scores, pool, c.scale) if c.score in c.needs else None
+    value = worth(scores, pool, c.scale) if scores and c.score in c.needs else None
     lists = Lists(
         pool.open, pool.labeled, value, None if scores is None else scores.features,
         _pair_limit(c, pool, budget, context, limit), c.shares in RANKED, context.progress, pool.images)
@@ -115,11 +115,11 @@ def pick_images(
     limit:np.ndarray|None=None, # (K,) labels of a task that will be bought at most; None: follows from the budget
 )->Picks:
     "All unlabeled pairs of the images that a row of choices buys"
-    value = _image_values(c, scores, pool)[:, None] if c.score in c.needs else None
+    value = _image_values(c, scores, pool)[:, None] if scores and c.score in c.needs else None
     need = _images_for(pool, budget)
     most = need if limit is None else min(need, max(RANKED_IMAGES, int(limit.sum())))
-    unlabeled = pool.open.any(1, keepdims=True)
-    labeled = pool.labeled.any(1, keepdims=True)
+    unlabeled = np.any(pool.open, 1, keepdims=True)
+    labeled = np.any(pool.labeled, 1, keepdims=True)
     features = None if scores is None else scores.features
     lists = Lists(unlabeled, labeled, value, features, np.array([most]), True, context.progress, pool.images)
     found = get_pick(c.pick)(lists, rng)[:, 0]
@@ -231,7 +231,8 @@ def check_needed(
     name = f.strategy
     needs = need_names(f.needs)
     if needs and scores is None: raise ValueError(f"strategy {name!r} needs scores; score the pool first")
-    if scores is not None and scores.raw.shape != pool.open.shape:
+    if scores is None: return
+    if scores.raw.shape != pool.open.shape:
         raise ValueError(f"scores are {scores.raw.shape}, the pool is {pool.open.shape}; score this pool")
     if FEATURES in needs and scores.features is None:
         raise ValueError(f"strategy {name!r} needs the images' features; pass Scores(raw, norm, features)")
