@@ -8,8 +8,11 @@ __all__ = ['FRONT', 'Task', 'Pair', 'semseg_task', 'standard_task', 'RunConfig',
            'prepare', 'check', 'score', 'Acquisition', 'strategy', 'run', 'load_run', 'read_journal']
 
 # %% ../nbs/69_front.ipynb #18d1adf5
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .loop import OldNames
 
 # %% ../nbs/69_front.ipynb #b9b2c636
 FRONT = dict( # name -> the module that defines it
@@ -58,3 +61,6 @@ def __getattr__(name:str)->Any:
 
 # %% ../nbs/69_front.ipynb #0d6ebbf4
 def __dir__(): return sorted([*globals(), *FRONT])
+
+# %% ../nbs/69_front.ipynb #bbe1d794
+sys.meta_path.append(OldNames) # asked last, for names that no file has

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .plugins import load_plugins
-from .commands.common import plain_errors, this_command
+from .commands.common import parse_changes, plain_errors, this_command
 from .commands.runs import (
     config, explore, kernel_install, notebook, report, run, strategies, sweep)
 from .commands.project import ask, check, init, log, prepare, rooms, status, tell

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #058a7ec9
@@ -43,9 +44,13 @@ def pick_device(
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: device = torch.device(name)
     except RuntimeError as e: raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:0") from e
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but PyTorch sees no GPU; use --device auto or cpu")
-    return device
+    if device.type != 'cuda': return device
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cure = 'use --set device=auto or --set device=cpu'
+    if not cards: raise ValueError(f"device {name!r} asked for, but PyTorch sees no GPU; {cure}")
+    if (device.index or 0) < cards: return device
+    seen = f'{cards} GPU(s), the last is cuda:{cards - 1}'
+    raise ValueError(f"device {name!r} asked for, but PyTorch sees {seen}; {cure}")
 
 # %% ../nbs/00_core.ipynb #1c0a8718
 def write_atomic(
@@ -95,6 +100,11 @@ def cache_dir()->Path: # made if missing
     p = Path(os.environ.get('PARTAL_CACHE') or Path.home()/'.cache'/'partal_nb')
     p.mkdir(parents=True, exist_ok=True)
     return p
+
+# %% ../nbs/00_core.ipynb #2f0572f9
+def __getattr__(name:str): # `RunConfig`, `preset`
+    if name not in ('RunConfig', 'preset'): raise AttributeError(f"module 'partal_nb.core' has no attribute {name!r}")
+    return getattr(import_module('partal_nb.config'), name)
 
 # %% ../nbs/00_core.ipynb #6c957956
 def check_from_0(

@@ -235,7 +235,7 @@ FOUND = [
     ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
     ('how to cite', 'cite.html'), ('partal prepare', 'commands.html#partal-prepare'),
     # messages, also with one's own mistake in them
-    ("device 'cuda' asked for, but PyTorch sees no GPU; use --device", 'errors.html#names-that-do-not-exist'),
+    ("device 'cuda' asked for, but PyTorch sees no GPU; use --set", 'errors.html#names-that-do-not-exist'),
     ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
     ("unknown preset 'nyu3'; there are", 'commands.runs.html'), ('expected field=value', 'commands.common.html')]
 

@@ -79,8 +79,8 @@ WORDS = { # what is not said -> the word for it; see the glossary
     r'\bsomebody who does not look\b': 'constant baseline', r'\bwhat came out\b': 'replication results',
     r'\bparcels?\b': 'submission', r'\bSpeaker\b': 'MessageEncoder', r"train_by=.?looks": 'presentations'}
 OLD_SPELLINGS = { # where files of earlier versions are read, by module
-    'config': ('looks',), 'data.dataset': ('licence',), 'data.mat': ('licence',), 'runs.folder': ('looks',),
-    'training.checkpoint': ('speaker',)}
+    'config': ('looks',), 'data.dataset': ('licence',), 'data.folders': ('licence',), 'data.mat': ('licence',),
+    'runs.folder': ('looks',), 'training.checkpoint': ('speaker',)}
 
 RECORDED = re.compile(r'^- `partal run .*$', re.M) # commands of committed runs, word for word
 

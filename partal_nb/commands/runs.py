@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['APPS', 'config', 'run', 'write_table', 'sweep', 'notebook', 'strategies', 'report', 'voila_command', 'explore',
-           'kernel_install']
+           'cards_seen', 'check_card', 'kernel_install']
 
 # %% ../../nbs/97_commands.runs.ipynb #a97f0003
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Iterable, Optional
@@ -236,18 +237,38 @@ def explore(
         env = dict(os.environ, PARTAL_RUN=str(run_folder.resolve()), JUPYTER_TOKEN=token)
         os.execve(command[0], command, env) # this process becomes the server: what ends it ends all
 
+# %% ../../nbs/97_commands.runs.ipynb #e59a90f7
+def cards_seen(
+    visible:str='', # value of `CUDA_VISIBLE_DEVICES`; empty: without it
+)->int:
+    "How many GPUs a process sees whose environment says `visible`, whatever this one's says"
+    env = {k: v for k, v in os.environ.items() if k != 'CUDA_VISIBLE_DEVICES'}
+    if visible: env['CUDA_VISIBLE_DEVICES'] = visible
+    count = 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)'
+    done = subprocess.run([sys.executable, '-c', count], env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout)
+
+# %% ../../nbs/97_commands.runs.ipynb #7077e709
+def check_card(
+    cuda:str, # number of a GPU; empty: all
+)->int: # GPUs that the kernel will see; 0 where there are none at all
+    "Refuse a GPU that is not there, since a kernel that sees none trains on the CPU"
+    if cuda and not cuda.isdigit(): raise ValueError(f"--cuda {cuda!r}: expected the number of a GPU, e.g. 0")
+    seen = cards_seen(cuda)
+    there = seen or cards_seen()
+    if seen or not there: return seen
+    raise ValueError(f"--cuda {cuda}: this machine has {there} GPU(s), numbered from 0; the last is --cuda {there - 1}")
+
 # %% ../../nbs/97_commands.runs.ipynb #c00002b3
 def kernel_install(
     name:Annotated[str, typer.Option(help="The kernel's name, for `partal run -k NAME`.")]='partal-gpu',
     cuda:Annotated[str, typer.Option(help="The GPU it sees, e.g. 0; '' for all.")]='0',
 ):
     "Install a Jupyter kernel of this Python that sees one GPU."
-    import torch
     from ipykernel.kernelspec import install
     with plain_errors():
-        if cuda and not cuda.isdigit(): raise ValueError(f"--cuda {cuda!r}: expected the number of a GPU, e.g. 0")
+        cards = check_card(cuda)
         env = dict(CUDA_VISIBLE_DEVICES=cuda) if cuda else {}
         path = install(prefix=sys.prefix, kernel_name=name, display_name=f'partal (GPU {cuda or "all"})', env=env)
         typer.echo(f'kernel {name}: {path}')
-        if not torch.cuda.is_available():
-            typer.echo('PyTorch sees no GPU here: runs in this kernel will use the CPU')
+        if not cards: typer.echo('PyTorch sees no GPU here: runs in this kernel will use the CPU')

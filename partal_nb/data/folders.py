@@ -236,7 +236,7 @@ class Folder:
         self.layout, self.resize = layout, resize
         self.faults = [] # of what is listed, not of what is in the files
         self.name = layout.name or self.path.resolve().name
-        self.license = layout.license
+        self.license = self.licence = layout.license # the second as version 0.1 spelled it
         self.places = {p.task.name: p for p in layout.places}
         there = [p for p in layout.places if _is_there(self, p)]
         self._files = {p.task.name: _list(self.path, layout, p.files, self.faults) for p in there}

@@ -157,11 +157,14 @@ def network_output(
     "Final predictions and maps of one image"
     pixels = x.shape[2]*x.shape[3]
     n = 1 if pixels < SMALL else torch.get_num_threads()
+    device = next(models[0].parameters()).device
+    x = x.to(device)
+    labels = {name: y.to(device) for name, y in labels.items()} if labels else None
     with torch.no_grad(), threads(n):
         final = models[0](x, labels).final
         maps = acquisition.maps(models, x, labels)
-    final = {name: v[0] for name, v in final.items()}
-    maps = {name: v[0].numpy() for name, v in maps.items()}
+    final = {name: v[0].cpu() for name, v in final.items()}
+    maps = {name: v[0].cpu().numpy() for name, v in maps.items()}
     return NetworkOutput(final, maps)
 
 # %% ../../nbs/90_explore.run.ipynb #dd84b771

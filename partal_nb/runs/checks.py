@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import partal_nb
 from ..core import derive_seed, pick_device, write_json
 from ..tasks import Pair, Task
 from ..config import RunConfig, config_hash
@@ -42,7 +43,7 @@ def _code_version()->str: # a commit, `-dirty` where files were changed; outside
     here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
     command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
     git = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else f'version {version("partal_nb")}'
+    return git.stdout.strip() if git.returncode == 0 else f'version {partal_nb.__version__}'
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0007
 def about_machine(
@@ -50,7 +51,8 @@ def about_machine(
 )->dict: # versions, machine, commit, command
     "Where and with what a run is made"
     dev = pick_device(device)
-    packages = {name: version(name) for name in ('partal_nb', 'torch', 'timm', 'numpy')}
+    packages = dict(partal_nb=partal_nb.__version__) # without metadata where it is a bare folder
+    packages |= {name: version(name) for name in ('torch', 'timm', 'numpy')}
     machine = dict(
         device=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else 'cpu',
         cpu=platform.machine(),

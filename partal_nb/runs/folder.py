@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..core import pick_device
 from ..tasks import Task, task_from_dict
 from ..config import RunConfig, config_from_dict, config_hash
 from ..pool import Pool, Scores, scores_from_rows
@@ -133,6 +134,7 @@ class RunNetworks(RunSettings):
     "The networks of a run, read from their files"
     def load_network(self,
         path, # of a checkpoint in this folder
+        device:str='auto', # where it shall lie
     ): # a `PADNet` in evaluation mode
         "A network with the weights in `path`"
         from safetensors import SafetensorError
@@ -144,7 +146,7 @@ class RunNetworks(RunSettings):
             why = textwrap.shorten(str(e), 160) # the list of what does not fit may be long
             raise ValueError(f"{path}: the network can't be read ({why}); "
                              "its file is torn or of another version") from e
-        return model.eval()
+        return model.eval().to(pick_device(device))
 
     def load_model(self,
         r:int,        # the round

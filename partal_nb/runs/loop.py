@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OpenRun', 'open_run', 'start_features', 'label_start', 'bought_after', 'run_context', 'score_round', 'select_round',
-           'pick_errors', 'describe_purchase', 'run_round', 'run']
+           'pick_errors', 'forget_peak', 'describe_purchase', 'run_round', 'run']
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000153
 import resource
@@ -27,8 +27,8 @@ from ..data.dataset import Dataset
 from ..data.arrays import Arrays
 from ..model.padnet import PADNet, make_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint
-from ..training.hooks import Pseudo
-from ..training.trainer import train
+from ..training.hooks import Pseudo, warn_of_mix
+from ..training.trainer import resolved, train
 from ..training.evaluate import Constant, evaluate, image_errors
 from ..uncertainty.scale import calibrations
 from ..uncertainty.quality import uncertainty_quality
@@ -282,10 +282,17 @@ def pick_errors(run:OpenRun, r:int, model:PADNet, index:np.ndarray)->list: # [im
     return [[p.image, p.task, e] for p, e in zip(pairs, values)]
 
 # %% ../../nbs/64_runs.loop.ipynb #c000014f
-def _peak_memory(config:RunConfig)->float: # MB: the GPU's where there is one, else the process's
-    if pick_device(config.device).type == 'cuda': return round(torch.cuda.max_memory_allocated()/2**20, 1)
+def _peak_memory(config:RunConfig)->float: # MB: of the round on a GPU, of this process alone; else of the process
+    device = pick_device(config.device)
+    if device.type == 'cuda': return round(torch.cuda.max_memory_allocated(device)/2**20, 1)
     unit = 2**20 if sys.platform == 'darwin' else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 1)
+
+# %% ../../nbs/64_runs.loop.ipynb #7faa0b8a
+def forget_peak(config:RunConfig): # `device`
+    "Begin to measure a GPU's peak memory anew, so that each round has its own"
+    device = pick_device(config.device)
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
 
 # %% ../../nbs/64_runs.loop.ipynb #c000014e
 def _buy(run:OpenRun, r:int, models:list[PADNet], steps:Steps)->dict: # `bought`, and `uncertainty` if pairs were scored
@@ -339,6 +346,8 @@ def run_round(run:OpenRun, r:int):
     "One round, and its line in the journal"
     steps = Steps(run.folder.steps_file(r))
     if len(run.folder.journal()) > r: return steps.end() # an interruption came before its file was removed
+    forget_peak(run.config)
+    if r: warn_of_mix(run.folder.path, run.folder.journal()[-1].get('resolved', {}), resolved(run.config))
     models, trained = _train_round(run, r)
     found = steps('evaluate', lambda: _evaluate(run, r, models))
     if r < run.config.rounds: found = found | _buy(run, r, models, steps)

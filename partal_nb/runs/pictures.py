@@ -148,8 +148,10 @@ def pick_tiles(
     row = {image: n for n, image in enumerate(pool.images)}
     index = np.array([row[image] for image in bought.image])
     rgb, labels = pool.batch(index, labeled[index])
-    maps = entropy_maps(model, unit_rgb(rgb), T, labels)
-    of_pick = [maps[task][i].numpy() for i, task in enumerate(bought.task)]
+    device = next(model.parameters()).device
+    inject = {name: y.to(device) for name, y in labels.items()}
+    maps = entropy_maps(model, unit_rgb(rgb, device), T, inject)
+    of_pick = [maps[task][i].cpu().numpy() for i, task in enumerate(bought.task)]
     scales = {}
     for task in set(bought.task):
         scales[task] = entropy_scale(np.stack([m for m, t in zip(of_pick, bought.task) if t == task]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'Hook', 'Tracker', 'Bar', 'RefuseDivergence', 'ema_decay', 'move_average', 'WeightAverage', 'averaged',
-           'Checkpoint', 'load_finished', 'StopAt', 'Snapshots', 'image_losses', 'ranking_loss', 'LossPrediction',
-           'label_of', 'predicted_labels', 'Pseudo', 'PseudoLabels']
+           'Checkpoint', 'warn_of_mix', 'load_finished', 'StopAt', 'Snapshots', 'image_losses', 'ranking_loss',
+           'LossPrediction', 'label_of', 'predicted_labels', 'Pseudo', 'PseudoLabels']
 
 # %% ../../nbs/33_training.hooks.ipynb #c0330003
 import time
@@ -165,16 +165,23 @@ class Checkpoint(Hook):
         save_checkpoint(self.path, trainer.model, **trainer.record)
         self.part.unlink(missing_ok=True)
 
+# %% ../../nbs/33_training.hooks.ipynb #0f1ae860
+def warn_of_mix(
+    where,      # the file that says what it was begun with
+    begun:dict, # `device`, `precision`, `threads`, `tf32`; empty: an earlier version has not written them
+    now:dict,   # likewise
+):
+    "Say that a training or a run goes on with other arithmetic than it was begun with"
+    other = sorted(f'{k} {begun[k]}, now {now[k]}' for k in begun.keys() & now if begun[k] != now[k])
+    if other: log.warning("%s: begun with %s; numbers differ in the last digits", where, ', '.join(other))
+
 # %% ../../nbs/33_training.hooks.ipynb #02decf17
 @patch
 def resume(self:Checkpoint, trainer):
     "Go on from the unfinished checkpoint"
     about = load_checkpoint(self.part, trainer.model, trainer.optimizer, trainer.average)
-    begun = about.pop('resolved', {})
-    now = trainer.record.get('resolved', {})
+    warn_of_mix(self.part, about.pop('resolved', {}), trainer.record.get('resolved', {}))
     trainer.record.update(about)
-    other = [f'{k} {begun[k]}, now {now[k]}' for k in begun.keys() & now if begun[k] != now[k]]
-    if other: log.warning("%s: begun with %s; numbers differ in the last digits", self.part, ', '.join(sorted(other)))
 
 # %% ../../nbs/33_training.hooks.ipynb #c0330011
 def load_finished(
