@@ -183,8 +183,7 @@ class OdsF(Meter):
 
     def sums(self, pred, target, valid):
         labeled = valid.flatten(1).any(1)
-        prob = torch.where(valid, pred.sigmoid(), 0)
-        prob = prob[labeled, 0].cpu().numpy()
+        prob = torch.where(valid, pred.sigmoid(), 0)[labeled, 0].cpu().numpy()
         truth = (valid & (target > .5))[labeled, 0].cpu().numpy()
         counts = np.zeros((4, len(CUTS)))
         for p, y in zip(prob, truth):

@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .forms import (
-    FORMS, MOST_MM, Direction, Discrete, Distance, FileForm, Form, Values, YesNo, get_form)
+    FORMS, MOST_MM, Direction, Discrete, Distance, Form, ReadForm, Values, YesNo, get_form, is_one_of)
 
 # %% ../nbs/03_tasks.ipynb #a88c7546
 LOSSES = dict(          # name -> the forms that it is for
@@ -33,8 +33,7 @@ METRICS = dict(         # likewise
     parts_miou=('classes',),
     max_iou=('yes_no',),
     maxf_of_means=('yes_no',),
-    odsf=('yes_no',),
-    odsf_nyuv2=('yes_no',),
+    odsf=('yes_no',), odsf_nyuv2=('yes_no',),
     rmse=('distance', 'direction', 'values'),
     angle=('direction', 'values'))
 LOWER_IS_BETTER = ['rmse', 'angle']
@@ -250,31 +249,31 @@ def make_encoding(
     fit = ENCODING_KEYS.get(t.form, ENCODING_KEYS['values'])
     wrong = sorted(set(how) - {*fit, 'own_void'})
     if wrong: raise ValueError(f"task {t.name!r}: {wrong} do not fit form {str(t.form)!r}; there are {list(fit)}")
-    try: return Encoding(**how)
+    try:
+        found = Encoding(**how)
+        t.form.check_encoding(t, found)
     except ValueError as e: raise ValueError(f"task {t.name!r}: {e}") from e
-
-# %% ../nbs/03_tasks.ipynb #2137d06c
-def _is_one_of(raw:np.ndarray, numbers:tuple)->np.ndarray: # (H, W, 1) bool, where all channels are one of them
-    found = np.zeros(raw.shape[:2] + (1,), bool)
-    for v in numbers:
-        same = np.isnan(raw) if math.isnan(v) else raw == (v if raw.dtype.kind != 'f' else raw.dtype.type(v))
-        found |= same.all(2, keepdims=True)
     return found
 
-# %% ../nbs/03_tasks.ipynb #3c4fa32d
+# %% ../nbs/03_tasks.ipynb #2d169f7f
 @patch
-def check_numbers(self:FileForm, raw, there, task, how, refuse): pass # (H, W, C) as stored, (H, W, 1) bool
-
-# %% ../nbs/03_tasks.ipynb #934b892b
-@patch
-def in_convention(self:FileForm, values, there, task, how, refuse)->np.ndarray: return values # (H, W, C), scaled
+def check_encoding(self:Discrete, task, how):
+    "Refuse a void that is the number of a class in the files"
+    numbers = set(self.numbers(task, how).values())
+    both = sorted(numbers & set(how.void))
+    if both:
+        raise ValueError(f'void {both[0]:g}: expected numbers that are no classes, {min(numbers)} to {max(numbers)}; '
+                         'where 0 is unlabeled and classes count from 1, state "first_class": 1 and no void')
+    if how.first_class and task.ignore in numbers:
+        raise ValueError(f"first_class 1: {task.ignore:g} would be both void and the last class; set another ignore, "
+                         "or merge classes")
 
 # %% ../nbs/03_tasks.ipynb #bdc1bce3
 @patch
-def decode(self:FileForm, raw, task, how, refuse)->np.ndarray: # (H, W, C) as stored -> label
+def decode(self:ReadForm, raw, task, how, refuse)->np.ndarray: # (H, W, C) as stored -> label
     "Numbers in the unit of the task, its void where there is none"
     if raw.dtype.kind not in 'uif': refuse(f"expected numbers, got {raw.dtype}")
-    there = ~_is_one_of(raw, how.void)
+    there = ~is_one_of(raw, how.void)
     if self.zero_is_void: there &= raw.any(2, keepdims=True)
     self.check_numbers(raw, there, task, how, refuse)
     usual = self.file(task) if raw.dtype.kind != 'f' else {} # floats are in the unit of the task
@@ -288,11 +287,11 @@ def decode(self:FileForm, raw, task, how, refuse)->np.ndarray: # (H, W, C) as st
 @patch
 def check_numbers(self:Discrete, raw, there, task, how, refuse):
     "Refuse a number of no class, before 8 bit cut it off"
-    n, first = task.form.values(task.channels), how.first_class
-    wrong = raw[there & ((raw < first) | (raw >= n + first))]
+    n, first = self.values(task.channels), how.first_class
+    wrong = raw[there & ~((raw >= first) & (raw < n + first))]
     if not len(wrong): return
     cure = '; state "first_class": 1 where classes count from 1 and 0 is unlabeled' if (wrong == n).all() else ''
-    refuse(f"{len(wrong)} pixels of value {wrong.max()}, but there are {n} classes ({first} to {n + first - 1}) "
+    refuse(f"{len(wrong)} pixels of value {wrong.max():g}, but there are {n} classes ({first} to {n + first - 1}) "
            f"and void ({task.ignore:g}){cure}")
 
 # %% ../nbs/03_tasks.ipynb #fc826070
@@ -300,15 +299,14 @@ def check_numbers(self:Discrete, raw, there, task, how, refuse):
 def decode(self:Discrete, raw, task, how, refuse)->np.ndarray: # (H, W, 1) as stored -> label
     "Numbers of classes from 0"
     if raw.dtype.kind not in 'buif': refuse(f"expected integers, got {raw.dtype}")
-    broken = raw[~(np.isfinite(raw) & (raw == np.round(raw)))] if raw.dtype.kind == 'f' else raw[:0]
+    void = is_one_of(raw, (*how.void, task.ignore))
+    if how.first_class: void |= raw == 0
+    broken = raw[~void & ~(np.isfinite(raw) & (raw == np.round(raw)))] if raw.dtype.kind == 'f' else raw[:0]
     if len(broken):
         refuse(f"expected integers, got {len(broken)} pixels such as {broken[0]:g}; "
                f"write the number of the class, {int(task.ignore)} where there is none")
-    ids = raw.astype(np.int64)
-    void = _is_one_of(ids, how.void) | (ids == task.ignore)
-    if how.first_class: void |= ids == 0
-    self.check_numbers(ids, ~void, task, how, refuse)
-    return np.where(void, int(task.ignore), ids - how.first_class)
+    self.check_numbers(raw, ~void, task, how, refuse)
+    return np.where(void, int(task.ignore), np.where(void, 0, raw).astype(np.int64) - how.first_class)
 
 # %% ../nbs/03_tasks.ipynb #21a10b45
 @patch
@@ -320,9 +318,9 @@ def decode(self:YesNo, raw, task, how, refuse)->np.ndarray: # (H, W, 1) as store
             refuse("0 and 255 would be no and void; write 1 for yes, or white in the palette of format.json, "
                    'or state "yes": 255 beside the task')
         return Discrete.decode(self, raw, task, how, refuse)
-    void = _is_one_of(raw, (*how.void, task.ignore)) & ~yes
+    void = is_one_of(raw, (*how.void, task.ignore)) & ~yes
     wrong = raw[~(no | yes | void)]
-    if len(wrong): refuse(f"{len(wrong)} pixels of value {wrong.max()}, expected 0 for no and {how.yes} for yes")
+    if len(wrong): refuse(f"{len(wrong)} pixels of value {wrong.max():g}, expected 0 for no and {how.yes} for yes")
     return np.where(void, int(task.ignore), yes)
 
 # %% ../nbs/03_tasks.ipynb #3b2eddee
@@ -345,9 +343,9 @@ def check_numbers(self:Distance, raw, there, task, how, refuse):
                f'or state "void": [{seen.min():g}] beside the task')
     top = seen.max()
     largest = (TOP, np.iinfo(raw.dtype).max) if raw.dtype.kind in 'ui' else (MOST_MM,)
-    alone = np.isclose(top, largest).any() or (raw.dtype.kind == 'f' and top > DEPTH_BAND[1])
+    alone = np.isclose(top, largest).any() or (raw.dtype.kind == 'f' and DEPTH_BAND[1] < top and np.median(seen) < top)
     next_lower = seen[seen < top].max(initial=0)
-    if alone and next_lower < .75*top and np.median(seen) < .75*top:
+    if alone and next_lower < .75*top:
         refuse(f"{(seen == top).sum()} pixels of {top:g}, far above all others (up to {next_lower:g}): "
                f'does it mean none? Write 0 there, or state "void": [{top:g}] beside the task')
 
@@ -360,7 +358,7 @@ def in_convention(self:Distance, values, there, task, how, refuse)->np.ndarray:
 
 # %% ../nbs/03_tasks.ipynb #6fb20c10
 @patch
-def doubt(self:Distance, label, there)->str:
+def implausible(self:Distance, label, there)->str:
     m = np.median(label[there])
     low, high = DEPTH_BAND
     if low <= m <= high: return ''
@@ -379,8 +377,8 @@ def in_convention(self:Direction, values, there, task, how, refuse)->np.ndarray:
 
 # %% ../nbs/03_tasks.ipynb #d62b5728
 @patch
-def doubt(self:Direction, label, there)->str:
-    if (label[..., 2][there] < 0).mean() <= .5: return ''
+def implausible(self:Direction, label, there)->str:
+    if label.shape[2] != 3 or (label[..., 2][there] < 0).mean() <= .5: return ''
     return ("most normals look away from the viewer; x is right, y up, z to the viewer: turn the signs, "
             'or state "convention": "z_away" beside the task')
 

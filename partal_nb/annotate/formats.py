@@ -18,7 +18,7 @@ import numpy as np
 from ..core import inside, write_atomic
 from ..tasks import Encoding, Task, make_encoding, split_entry
 from ..data.labels import LABEL_FILES, decode_label
-from .query import Answer, Query, known_image, write_common
+from .query import Answer, Query, known_image, legend, write_common
 from .submission import (
     Submission, collect, label_folders, png_facts, read_form, read_json, to_npy, to_png)
 from .label_studio import is_label_studio, read_label_studio, write_label_studio
@@ -178,7 +178,7 @@ def choose_formats(
     return {t.name: chosen.get(t.name) or plain_format(t) for t in tasks}
 
 # %% ../../nbs/85_annotate.formats.ipynb #a405ad68
-def _has_classes(task:Task)->bool: return task.form.discrete
+def _has_classes(task:Task)->bool: return bool(legend(task))
 
 # %% ../../nbs/85_annotate.formats.ipynb #G8500005
 def _has_png(task:Task)->bool: return task.form.file(task)['suffix'] == '.png'

@@ -23,7 +23,7 @@ from ..core import check_from_0, inside, write_atomic, write_json
 from ..tasks import Encoding, Pair, Task, make_encoding, own_task, split_entry, task_from_dict
 from ..config import RunConfig, config_from_dict
 from ..pool import Pool
-from ..data.dataset import has_label
+from ..data.dataset import has_label, strangers
 from ..select.prices import Prices, learn_prices, prices_from_dict
 from ..uncertainty.acquisition import need_names
 from ..select.strategy import strategy_of
@@ -61,8 +61,7 @@ def read_tasks(
 # %% ../../nbs/86_annotate.project.ipynb #G8600002
 def _lists_tasks(content)->bool:
     tasks = content.get('tasks') if isinstance(content, dict) else None
-    if not isinstance(tasks, list) or not tasks: return False
-    return all(isinstance(t, dict) and 'name' in t for t in tasks)
+    return isinstance(tasks, list) and bool(tasks) and all(isinstance(t, dict) and 'name' in t for t in tasks)
 
 # %% ../../nbs/86_annotate.project.ipynb #34a301d2
 def _plan(content:dict)->dict: # of a file of tasks
@@ -238,19 +237,25 @@ def open_images(
     encodings:dict={},      # task -> fields of `Encoding`; default: as `tasks.json` beside the images has them
 ): # a `Folder` or a `Dataset`
     "The images, and the labels that are there"
-    from partal_nb.data.folders import TASKS, Folder, FolderLayout, Place, own_layout
+    from partal_nb.data.folders import Folder, FolderLayout, Place, own_layout, tasks_file
     from partal_nb.data.prepare import open_source
     from partal_nb.data.dataset import INDEX
     path = Path(data)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; expected images")
-    if not tasks or (path/INDEX).is_file(): return open_source(path)
+    if not tasks or (path/INDEX).is_file(): return _same_classes(open_source(path), tasks)
     images = next((f'{f}/' for f in ('rgb', 'images') if (path/f).is_dir()), '')
-    how = {q.task.name: q.encoding for q in own_layout(path).places} if (path/TASKS).is_file() else {}
+    how = {q.task.name: q.encoding for q in own_layout(path).places} if tasks_file(path) else {}
     how |= {name: Encoding(**stated) for name, stated in encodings.items()}
     places = tuple(Place(t, f'{t.name}/{{id}}', None, encoding=how.get(t.name, Encoding())) for t in tasks)
     source = Folder(path, FolderLayout('', images + '{id}', places, ('train.txt', 'test.txt'), ''))
-    if not source.ids('rgb'):
-        raise FileNotFoundError(f"{path/images}: no image in it; expected .png, .jpg or .webp files")
+    if source.ids('rgb'): return source
+    raise FileNotFoundError(f"{path/images}: no image in it; expected .png, .jpg or .webp files")
+
+# %% ../../nbs/86_annotate.project.ipynb #0cbb111c
+def _same_classes(source, tasks:tuple[Task, ...]): # `source`, whose labels mean what the project's do
+    def facts(t): return t.form, t.channels, t.classes, t.ignore
+    other = [t.name for t in tasks if facts(source.tasks.get(t.name, t)) != facts(t)]
+    if other: raise ValueError(f"tasks {other}: not as in {source.path}, which has the labels; state the same classes")
     return source
 
 # %% ../../nbs/86_annotate.project.ipynb #c00001eb
@@ -350,16 +355,21 @@ def _fill(p:Project, source): # images looked at, labels copied, ledger and `pro
 
 # %% ../../nbs/86_annotate.project.ipynb #G8600013
 def _import_labels(p:Project, source)->tuple[list, list]: # entries of the ledger, and what is wrong with files
+    from partal_nb.data.derive import warn_of
     from partal_nb.data.labels import image_size
-    entries, faults = [], [*source.faults]
+    entries, seen = [], {name: [] for name in p.names}
+    faults = [*source.faults, *[text for *_, text in strangers(source)]]
     for i in (*p.images, *p.val):
         try: image_size(source.file(i, 'rgb'))
         except (ValueError, OSError) as e: faults.append(str(e))
     for i, t in product(p.images, p.tasks):
         if not has_label(source, i, t.name): continue
-        try: sha256 = keep_label(p, i, t, source.label(i, t.name))
+        try:
+            label = source.label(i, t.name)
+            entries.append(Entry(i, t.name, keep_label(p, i, t, label)))
+            seen[t.name] += t.form.summary(label)
         except (ValueError, OSError) as e: faults.append(str(e))
-        else: entries.append(Entry(i, t.name, sha256))
+    warn_of({t.name: t for t in p.tasks}, seen)
     return entries, faults
 
 # %% ../../nbs/86_annotate.project.ipynb #35ebeffb

@@ -18,10 +18,10 @@ from typing import Callable, Iterable, Iterator
 import matplotlib
 import numpy as np
 
-from ..core import inside, write_atomic, write_json
+from ..core import inside, same_image, write_atomic, write_json
 from ..tasks import Task
 from ..data.labels import (
-    LENGTH_SLACK, check_sense, class_colors, png_bytes, same_image, wrong_size)
+    LENGTH_SLACK, check_sense, class_colors, png_bytes, wrong_size)
 
 # %% ../../nbs/80_annotate.query.ipynb #616e1777
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,11 @@ class Paint:
 
 # %% ../../nbs/80_annotate.query.ipynb #c00001a5
 def legend(
-    task:Task, # with classes, or yes and no
-)->list[Paint]: # first what an unpainted pixel is
+    task:Task,
+)->list[Paint]: # first what an unpainted pixel is; none where there are no classes
     "Values, names and colors of `task`"
     names = task.form.names(task)
+    if not names: return []
     void = next(n for n in ('void', 'ignore', 'unlabeled') if n not in names)
     named = {**dict(enumerate(names)), int(task.ignore): void}
     paints = [Paint(value, named[value], color) for value, color in class_colors(task).items()]
@@ -185,7 +186,7 @@ def readme(
 )->str:
     "`README.txt` of a task, for whoever labels it"
     text = [f'Task: {task.name}. Images: {n}, in images/.']
-    if task.form.discrete:
+    if legend(task):
         names = [f'{p.value} {p.name}' for p in sorted(legend(task), key=lambda p: p.value)]
         text.append(f"Classes: {', '.join(names)}.")
     text += [line for line in lines if line]
@@ -239,8 +240,8 @@ def write_common(
     write_tables(folder, images, scales, form)
     lines = ABOUT_UNCERTAINTY*bool(scales), how, drafts*guessed, ABOUT_ANSWERS*form
     write_atomic(Path(folder)/'README.txt', readme(task, len(images), *lines).encode())
-    paints = legend(task) if task.form.discrete else []
-    write_json(Path(folder)/'format.json', dict(facts, task=asdict(task), classes=[asdict(p) for p in paints]))
+    classes = [asdict(p) for p in legend(task)]
+    write_json(Path(folder)/'format.json', dict(facts, task=asdict(task), classes=classes))
     return images
 
 # %% ../../nbs/80_annotate.query.ipynb #G8000005

@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 
 from ..core import inside
-from ..forms import unit_or_void
 from ..tasks import Encoding, Task
 from ..data.labels import check_label, decode_label, png_bytes
 from .query import ANSWER_COLUMNS, SLACK, Answer, legend
@@ -257,8 +256,8 @@ def to_png(
 )->bytes:
     "A label as a PNG; depth in whole millimeters"
     label, facts = check_label(label, task), png_facts(task)
-    if task.form.discrete: return indexed_png(label, task)
-    if task.form.smooth: label = unit_or_void(label, slack=SLACK)
+    if legend(task): return indexed_png(label, task)
+    label = task.form.complete(label, slack=SLACK)
     valid = (label != task.ignore).any(2, keepdims=True)
     stored = np.round((label - facts['offset'])/facts['scale'])*valid
     if label.shape[2] == 3: return png_bytes(stored.astype(np.uint8))

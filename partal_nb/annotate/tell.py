@@ -40,12 +40,14 @@ class Imported:
     took:dict=field(default_factory=dict)    # a key of `OUTCOMES` -> pairs
     refused:list=field(default_factory=list) # (task, why)
     missing:int=0                            # pairs of the batch that nobody answered yet
+    warnings:list=field(default_factory=list) # about the labels as a whole
 
     def __str__(self):
         counts = {text: len(self.took.get(k, ())) for k, text in OUTCOMES.items()}
         lines = [many(n, text) for text, n in counts.items() if n]
         if self.refused: lines.append(f'{len(self.refused)} refused:')
         lines += [f'  {task}: {why}' for task, why in self.refused]
+        lines += [f'warning: {text}' for text in self.warnings]
         out = f"{many(self.missing, 'pair(s)')} of the batch {'is' if self.missing == 1 else 'are'} still out"
         return '\n'.join([*(lines or ['nothing']), out])
 
@@ -68,9 +70,11 @@ def tell(
         if not is_asked(ledger, batch): raise ValueError(f"batch {batch} is not finished; give `partal ask` again")
         answers = _read(p, queries, path, task, file_format)
         imported = Imported()
-        entries = _paid_images(p, _entries(p, queries, answers, imported), ledger)
+        beside = _Beside(p, answers, ledger.labels())
+        entries = _paid_images(p, _entries(p, queries, answers, imported, beside), ledger)
         for e, outcome in zip(entries, ledger.tell(entries, batch, who)):
             imported.took.setdefault(outcome, []).append(Pair(e.image, e.task))
+        imported.warnings = beside.warnings()
         state = ledger.state()
     still = [state[pair] for pair in queries]
     imported.missing = sum(s.kind == 'asked' and s.round == batch for s in still)
@@ -123,12 +127,37 @@ def _format_of(task:Task, where)->str:
     except UnknownFormat: return plain_format(task) # no label in it, but perhaps a form with rejections
     return found if FORMATS[found].fits(task) else plain_format(task)
 
+# %% ../../nbs/88_annotate.tell.ipynb #888b330d
+class _Beside:
+    "The labels of an image that are there or come at the same time"
+    def __init__(self, p:Project, answers:list, kept:dict): # kept: pair → SHA-256
+        self.p, self.kept = p, kept
+        self.came = {Pair(a.image, a.task): a.label for a, _ in answers if a.label is not None}
+
+    def label(self, pair:Pair): # (H, W, C), or None
+        from partal_nb.data.labels import read_label
+        if pair in self.came or pair not in self.kept: return self.came.get(pair)
+        task = self.p.task(pair.task)
+        how = {k: v for k, v in task.form.file(task).items() if k != 'suffix'}
+        return read_label(self.p.label_file(*pair, self.kept[pair]), task, **how)
+
+    def implausible(self, a)->str: # a: an Answer; '' where nothing speaks against it
+        from partal_nb.data.derive import implausible_beside
+        return implausible_beside(a.task, a.label, lambda name: self.label(Pair(a.image, name)))
+
+    def warnings(self)->list[str]: # about all that came
+        from partal_nb.data.derive import warn_of
+        tasks = {t.name: t for t in self.p.tasks}
+        seen = {name: [] for name in tasks}
+        for pair, label in self.came.items(): seen[pair.task] += tasks[pair.task].form.summary(label)
+        return warn_of(tasks, seen)
+
 # %% ../../nbs/88_annotate.tell.ipynb #13e657a5
-def _entries(p:Project, queries:dict, answers:list, imported:Imported)->list[Entry]:
+def _entries(p:Project, queries:dict, answers:list, imported:Imported, beside)->list[Entry]:
     "What the ledger is to keep; labels are written, problems go to `imported.refused`"
     found, entries = {}, []
     for a, ordered in answers:
-        try: entry = _entry(p, queries, a)
+        try: entry = _entry(p, queries, a, beside)
         except ValueError as e: imported.refused.append((a.task, str(e)))
         else: found.setdefault((Pair(a.image, a.task), ordered), []).append(entry)
     for (pair, ordered), some in found.items():
@@ -153,13 +182,15 @@ def _paid_images(p:Project, entries:list[Entry], ledger)->list[Entry]:
     return found
 
 # %% ../../nbs/88_annotate.tell.ipynb #c000020b
-def _entry(p:Project, queries:dict, a)->Entry: # a: an Answer
+def _entry(p:Project, queries:dict, a, beside)->Entry: # a: an Answer
     if a.problem: raise ValueError(a.problem)
     pair = Pair(a.image, a.task)
     if pair not in queries:
         raise ValueError(f"{a.source}: image {a.image!r} (task {a.task}) was not asked for in this batch")
     paid = None if a.minutes is None else p.price_of_minutes(a.minutes)
     if a.rejected: return Entry(*pair, '', paid or 0., a.minutes, a.rejected, a.who or '')
+    why = beside.implausible(a)
+    if why: raise ValueError(f"{a.source} (task {a.task}): {why}")
     q = queries[pair]
     cost = q['price'] - q['opening'] if paid is None else paid
     sha256 = keep_label(p, a.image, p.task(a.task), a.label)

@@ -14,7 +14,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..core import cache_dir
+from ..forms import Direction, ReadForm
 from ..tasks import Task
 from .dataset import Dataset, file_names, images_of
 
@@ -38,6 +39,19 @@ def _smooth(channel:np.ndarray, height:int, width:int)->np.ndarray: # (h, w) →
     image = Image.fromarray(np.ascontiguousarray(channel))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
+# %% ../../nbs/14_data.arrays.ipynb #79bb8c40
+@patch
+def resized(self:ReadForm, nearest, smooth): return nearest # (H, W, C); `smooth()`: the same by interpolation
+
+# %% ../../nbs/14_data.arrays.ipynb #55816928
+@patch
+def resized(self:Direction, nearest, smooth):
+    "Interpolated and brought to length 1; where nothing was, nothing is"
+    mixed = smooth()
+    length = np.linalg.norm(mixed, axis=2, keepdims=True)
+    lost = ~nearest.any(2, keepdims=True) | (length < .01)
+    return np.where(lost, nearest, mixed/np.where(lost, 1, length))
+
 # %% ../../nbs/14_data.arrays.ipynb #114d5900
 def resize_label(
     label:np.ndarray, # (h, w, C)
@@ -47,13 +61,9 @@ def resize_label(
 )->np.ndarray: # (height, width, C), dtype of `label`
     "`label` at another size"
     if label.shape[:2] == (height, width): return label
-    nearest = _nearest(label, height, width)
-    if not task.form.smooth: return nearest
     channels = np.moveaxis(label, 2, 0)
-    smooth = np.stack([_smooth(c, height, width) for c in channels], 2)
-    length = np.linalg.norm(smooth, axis=2, keepdims=True)
-    lost = ~nearest.any(2, keepdims=True) | (length < .01)
-    return np.where(lost, nearest, smooth/np.where(lost, 1, length)).astype(label.dtype)
+    def smooth(): return np.stack([_smooth(c, height, width) for c in channels], 2)
+    return task.form.resized(_nearest(label, height, width), smooth).astype(label.dtype)
 
 # %% ../../nbs/14_data.arrays.ipynb #c000006c
 def resize_rgb(
@@ -209,7 +219,7 @@ def _split_of(dataset:Dataset, images:tuple)->tuple: # its name, and ids
     return '+'.join(dataset.splits), ids
 
 # %% ../../nbs/14_data.arrays.ipynb #c0000070
-def _some_rows(base:np.ndarray, rows:np.ndarray): # a plain slice where they follow each other
+def _some_rows(base:np.ndarray, rows:np.ndarray)->Any: # a plain slice where they follow each other
     follow = len(rows) and (np.diff(rows) == 1).all()
     return base[rows[0]:rows[-1] + 1] if follow else Rows(base, rows)
 

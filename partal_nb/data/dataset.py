@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INDEX', 'PLAN', 'SOURCE', 'VERSION', 'INDEX_KEYS', 'VERSION_1_KEYS', 'FILE_KEYS', 'SUFFIXES', 'current_index',
            'version_1_index', 'fingerprint', 'file_names', 'Dataset', 'images_of', 'write_dataset', 'refuse_faults',
-           'all_of', 'has_label', 'verify']
+           'all_of', 'has_label', 'strangers', 'verify']
 
 # %% ../../nbs/13_data.dataset.ipynb #c000006a
 import hashlib
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Callable, Iterable
 
 import numpy as np
-from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..core import inside, write_atomic, write_json
 from ..tasks import Task, task_from_dict, task_to_version_1
-from .labels import encode_label, file_layout, image_size, png_bytes, read_label, read_rgb
+from .labels import LABEL_FILES, encode_label, image_size, png_bytes, read_label, read_rgb
 
 # %% ../../nbs/13_data.dataset.ipynb #4169ce66
 INDEX = 'dataset.json'
@@ -102,8 +101,8 @@ def file_names(
     return {e.name for e in os.scandir(folder) if not e.name.startswith('.')}
 
 # %% ../../nbs/13_data.dataset.ipynb #48a0cf1b
-class Dataset:
-    "A data set on disk; every array is checked when it is read"
+class _Index:
+    "What `dataset.json` says"
     faults = () # of what is listed, as a `Folder` has them
     def __init__(self,
         path,        # folder with a `dataset.json`
@@ -126,71 +125,68 @@ class Dataset:
         return f"{self.name}: {splits}; {', '.join(self.tasks)} ({self.path})"
 
 # %% ../../nbs/13_data.dataset.ipynb #7ecb1108
-@patch
-def file(self:Dataset,
-    image:str, # its id
-    task:str,  # name of a task, or `rgb`
-)->Path:
-    "Where the label of `task` is, or would be"
-    if task not in self.files: raise KeyError(f"no task {task!r} in {self.name}; there are {list(self.tasks)}")
-    return inside(self.path/task, f"{image}{self.files[task]['suffix']}") # the folder itself may be a link
+class _Files(_Index):
+    "Where everything lies"
+    def file(self,
+        image:str, # its id
+        task:str,  # name of a task, or `rgb`
+    )->Path:
+        "Where the label of `task` is, or would be"
+        if task not in self.files: raise KeyError(f"no task {task!r} in {self.name}; there are {list(self.tasks)}")
+        return inside(self.path/task, f"{image}{self.files[task]['suffix']}") # the folder itself may be a link
 
-# %% ../../nbs/13_data.dataset.ipynb #d171ad8a
-@patch
-def has(self:Dataset,
-    image:str, # its id
-    task:str,  # name of a task, or `rgb`
-)->bool:
-    "Is there a label?"
-    return self.file(image, task).is_file()
+    def has(self,
+        image:str, # its id
+        task:str,  # name of a task, or `rgb`
+    )->bool:
+        "Is there a label?"
+        return self.file(image, task).is_file()
 
-# %% ../../nbs/13_data.dataset.ipynb #c9e02cd4
-@patch
-def ids(self:Dataset,
-    task:str, # name of a task, or `rgb`
-)->list[str]:
-    "Images that have a file of `task`"
-    suffix = self.files[task]['suffix']
-    return sorted(n.removesuffix(suffix) for n in file_names(self.path/task))
-
-# %% ../../nbs/13_data.dataset.ipynb #5dcf971e
-@patch
-def rgb(self:Dataset,
-    image:str, # its id
-)->np.ndarray: # (H, W, 3) uint8
-    "An image"
-    return read_rgb(self.file(image, 'rgb'))
+    def ids(self,
+        task:str, # name of a task, or `rgb`
+    )->list[str]:
+        "Images that have a file of `task`"
+        suffix = self.files[task]['suffix']
+        return sorted(n.removesuffix(suffix) for n in file_names(self.path/task))
 
 # %% ../../nbs/13_data.dataset.ipynb #aa1ff562
-@patch
-def label(self:Dataset,
-    image:str, # its id
-    task:str,  # name of a task
-)->np.ndarray: # (H, W, C) uint8 for classes, float32 for the rest
-    "A label, checked"
-    file = self.file(image, task)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: image {image} has no label of task {task}; `has` shows which pairs exist")
-    how = self.files[task]
-    scale, offset = how.get('scale', 1.), how.get('offset', 0.)
-    label = read_label(file, self.tasks[task], scale, offset)
-    size = image_size(self.file(image, 'rgb'))
-    if label.shape[:2] == size: return label
-    raise ValueError(f"{file} (task {task}): {label.shape[:2]} pixels, but its image has {size}")
+class Dataset(_Files):
+    "A data set on disk; every array is checked when it is read"
+    def rgb(self,
+        image:str, # its id
+    )->np.ndarray: # (H, W, 3) uint8
+        "An image"
+        return read_rgb(self.file(image, 'rgb'))
+
+    def label(self,
+        image:str, # its id
+        task:str,  # name of a task
+    )->np.ndarray: # (H, W, C) uint8 for classes, float32 for the rest
+        "A label, checked"
+        file = self.file(image, task)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: image {image} has no label of task {task}; `has` shows which pairs exist")
+        how = self.files[task]
+        scale, offset = how.get('scale', 1.), how.get('offset', 0.)
+        label = read_label(file, self.tasks[task], scale, offset)
+        size = image_size(self.file(image, 'rgb'))
+        if label.shape[:2] == size: return label
+        raise ValueError(f"{file} (task {task}): {label.shape[:2]} pixels, but its image has {size}")
 
 # %% ../../nbs/13_data.dataset.ipynb #a67004b9
-def _check_files(dataset:Dataset):
+def _check_files(dataset:_Index):
     index = dataset.path/INDEX
     missing = sorted({'rgb', *dataset.tasks} - set(dataset.files))
     if missing: raise ValueError(f"{index}: there is no entry in files for {missing}")
     unknown = sorted(set(dataset.derived) - set(dataset.tasks))
     if unknown: raise ValueError(f"{index}: derived {unknown} are no tasks; there are {list(dataset.tasks)}")
     for name, how in dataset.files.items():
-        if how['suffix'] in SUFFIXES: continue
-        raise ValueError(f"{index}: {name} has suffix {how['suffix']!r}; there are {list(SUFFIXES)}")
+        known = SUFFIXES if name == 'rgb' else LABEL_FILES
+        if how['suffix'] in known: continue
+        raise ValueError(f"{index}: {name} has suffix {how['suffix']!r}; there are {list(known)}")
 
 # %% ../../nbs/13_data.dataset.ipynb #a82d1ff7
-def _check_splits(dataset:Dataset, strict:bool):
+def _check_splits(dataset:_Index, strict:bool):
     suffix = dataset.files['rgb']['suffix']
     there = file_names(dataset.path/'rgb')
     seen = {}
@@ -227,7 +223,7 @@ def _write_label(path:Path, task:Task, image:str, label:np.ndarray, size:tuple):
         raise ValueError(f"image {image} (task {task.name}): {label.shape[:2]} pixels, but its image has {size}")
     try: data = encode_label(label, task)
     except ValueError as e: raise ValueError(f"image {image}: {e}") from e
-    write_atomic(inside(path, f"{task.name}/{image}{file_layout(task)['suffix']}"), data)
+    write_atomic(inside(path, f"{task.name}/{image}{task.form.file(task)['suffix']}"), data)
 
 # %% ../../nbs/13_data.dataset.ipynb #c0000066
 def _census(folder:Path)->dict: # how many files, and a checksum of their names and contents
@@ -280,12 +276,13 @@ def write_dataset(
     license:str='',          # of the images and labels
     derived:Iterable[str]=(), # tasks whose labels were computed from other labels
     progress:bool=True,      # show a bar
+    faults:Iterable[str]=(), # what is known to be wrong already; listed with what else is
 )->Dataset:
     "Write a data set, or resume writing it"
     path, tasks = Path(path), list(tasks)
     index = _new_index(name, license, tasks, derived, splits)
     if _is_finished(path, index): return Dataset(path)
-    faults = []
+    faults = list(faults)
     for i in tqdm(images_of(splits), desc=f'prepare {name}', unit='image', disable=not progress):
         if inside(path, f'rgb/{i}.png').is_file(): continue
         try: _write_sample(path, tasks, i, samples(i))
@@ -310,7 +307,7 @@ def refuse_faults(
 # %% ../../nbs/13_data.dataset.ipynb #f7fc2cb1
 def _new_index(name:str, license:str, tasks:list, derived:Iterable[str], splits:dict)->dict:
     files = dict(rgb=dict(suffix='.png'))
-    for t in tasks: files[t.name] = file_layout(t)
+    for t in tasks: files[t.name] = t.form.file(t)
     return current_index(dict(
         version=VERSION,
         name=name,
@@ -341,6 +338,16 @@ def has_label(
 )->bool:
     "Is there a label of this task?"
     return task in source.tasks and source.has(image, task)
+
+# %% ../../nbs/13_data.dataset.ipynb #4eca7f10
+def strangers(
+    source, # a `Folder` or a `Dataset`
+)->list[tuple[str, str, str]]: # image, task, and what to say
+    "Labels whose name is no image's"
+    known = {*images_of(source.splits), *source.ids('rgb')}
+    pairs = [(i, t) for t in source.tasks for i in source.ids(t) if i not in known]
+    cure = 'name a label like its image, or remove it'
+    return [(i, t, f"{source.file(i, t)} (task {t}): there is no image {i!r}; {cure}") for i, t in pairs]
 
 # %% ../../nbs/13_data.dataset.ipynb #53c56d83
 def verify(

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NYU40', 'NYU_TASKS', 'NYU_LICENSE', 'NYU_MAT', 'MAT_KEYS', 'MAT_ERRORS', 'COMPANIONS', 'PART_OF', 'VOC_PERSON',
-           'INDOOR', 'check_bytes', 'classes_from_one', 'mat_problem', 'nyuv2_mat', 'people_or_void', 'merged_parts',
-           'context_edges', 'classes_or_void', 'meters', 'unit_vectors', 'y_turned', 'above_half', 'agreed',
-           'indoor_normals']
+           'INDOOR', 'DEPTH', 'NORMALS', 'check_bytes', 'classes_from_one', 'mat_problem', 'nyuv2_mat', 'read_raw',
+           'people_or_void', 'merged_parts', 'context_edges', 'classes_or_void', 'meters', 'unit_vectors',
+           'toward_viewer', 'y_turned', 'above_half', 'agreed', 'indoor_normals']
 
 # %% ../../nbs/16_data.mat.ipynb #c0000082
 import zlib
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,7 +19,8 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from ..forms import unit_or_void
-from ..tasks import semseg_task, standard_task
+from ..tasks import Encoding, semseg_task, standard_task
+from .labels import open_image
 from .dataset import Dataset, write_dataset
 from .derive import edges_from_ids, normals_from_depth
 
@@ -36,7 +38,7 @@ NYU_LICENSE = 'NYU Depth V2 (Silberman et al., ECCV 2012): no explicit licence, 
 # %% ../../nbs/16_data.mat.ipynb #adc56d6c
 def check_bytes(
     raw:np.ndarray, # (H, W) numbers
-    low:int=0,      # the lowest that may be
+    low:float=0,    # the lowest that may be
 )->np.ndarray: # (H, W) int64
     "Refuse what 8 bit would cut off: fractions, NaN, numbers above 255"
     bad = ~(np.isfinite(raw) & (raw == np.round(raw)) & (raw >= low) & (raw <= 255))
@@ -97,14 +99,16 @@ def _open_mat(path:Path)->h5py.File:
         raise ValueError(f"{path}: not a whole HDF5 file ({size:,} bytes): {e}; download it again") from e
 
 # %% ../../nbs/16_data.mat.ipynb #a61fb894
-def _check_keys(path:Path, f:h5py.File):
-    shapes = {k: v.shape for k, v in f.items() if hasattr(v, 'shape')}
+def _arrays(path:Path, f:h5py.File)->dict[str, h5py.Dataset]: # by name, of `MAT_KEYS` and what else there is
+    found = {k: v for k, v in f.items() if isinstance(v, h5py.Dataset)}
+    shapes = {k: v.shape for k, v in found.items()}
     for key, axes in MAT_KEYS.items():
-        if key in f and f[key].ndim == axes: continue
+        if key in found and found[key].ndim == axes: continue
         raise ValueError(f"{path}: expected {key!r} with {axes} axes; it has {shapes}")
+    return found
 
 # %% ../../nbs/16_data.mat.ipynb #c000007f
-def _check_companions(path:Path, f:h5py.File, to40:np.ndarray, *splits):
+def _check_companions(path:Path, f:dict[str, h5py.Dataset], to40:np.ndarray, *splits):
     if 'names' in f and f['names'].size != len(to40):
         raise ValueError(f"{path} has {f['names'].size} raw classes, the mapping {len(to40)}: "
                          "they do not belong together")
@@ -116,13 +120,13 @@ def _check_companions(path:Path, f:h5py.File, to40:np.ndarray, *splits):
         raise ValueError(f"splits: expected image numbers 1 to {n}, as {path} has, got {s.min()} to {s.max()}")
 
 # %% ../../nbs/16_data.mat.ipynb #ca1f4c3f
-def _sample(path:Path, f:h5py.File, n:int, to40:np.ndarray)->dict: # n: number of the image, from 1
-    raw = f['labels'][n - 1].T
+def _sample(path:Path, f:dict[str, h5py.Dataset], n:int, to40:np.ndarray)->dict: # n: number of the image, from 1
+    raw = np.asarray(f['labels'][n - 1]).T
     if raw.max() > len(to40):
         raise ValueError(f"{path} image {n:04d}: raw class {raw.max()}, but the mapping has {len(to40)}")
     return dict(
-        rgb=f['images'][n - 1].transpose(2, 1, 0),
-        depth=f['depths'][n - 1].T.astype(np.float32),
+        rgb=np.asarray(f['images'][n - 1]).transpose(2, 1, 0),
+        depth=np.asarray(f['depths'][n - 1]).T.astype(np.float32),
         semseg=classes_from_one(np.append(0, to40)[raw]))
 
 # %% ../../nbs/16_data.mat.ipynb #a8f981a7
@@ -141,14 +145,30 @@ def nyuv2_mat(
     tasks = NYU_TASKS[:3 if normals else 2]
     def ids(numbers): return [f'{n:04d}' for n in sorted(numbers)]
     split = dict(train=ids(train), test=ids(test))
-    with _open_mat(path) as f:
-        _check_keys(path, f)
+    with _open_mat(path) as opened:
+        f = _arrays(path, opened)
         _check_companions(path, f, to40, train, test)
         def sample(i):
             s = _sample(path, f, int(i), to40)
             return dict(s, normals=normals_from_depth(s['depth'], semseg=s['semseg'])) if normals else s
         derived = ['normals'] if normals else []
         return write_dataset(out, 'NYUv2', tasks, split, sample, NYU_LICENSE, derived, progress)
+
+# %% ../../nbs/16_data.mat.ipynb #c0000092
+def read_raw(
+    file:Path, # an image, an array, a MATLAB file
+    task:str,  # name, for the message
+    **how,     # of `numpy.load`
+)->Any: # an array; of a MATLAB file its variables
+    "The numbers of a file, as they are stored"
+    if file.suffix not in ('.npy', '.mat'): return np.array(open_image(file, f'task {task}', is_label=True))
+    try:
+        if file.suffix == '.npy': return np.load(file, allow_pickle=False, **how)
+        return loadmat(file, simplify_cells=True)
+    except FileNotFoundError: raise FileNotFoundError(f"{file} (task {task}): no such file") from None
+    except (EOFError, *MAT_ERRORS) as e:
+        raise ValueError(f"{file} (task {task}): not a whole {file.suffix} file ({file.stat().st_size:,} bytes): "
+                         f"{mat_problem(e)}") from e
 
 # %% ../../nbs/16_data.mat.ipynb #1da0c103
 _MERGE = {
@@ -206,21 +226,42 @@ def classes_or_void(
     whole = check_bytes(raw, low=-np.inf)
     return np.where(whole < 0, 255, whole).astype(np.uint8)
 
+# %% ../../nbs/16_data.mat.ipynb #b2210f83
+DEPTH, NORMALS = standard_task('depth'), standard_task('normals')
+
+def _refuse(why:str): raise ValueError(why)
+
 # %% ../../nbs/16_data.mat.ipynb #15be5a15
 def meters(
     raw:np.ndarray, # (H, W) or (H, W, 1): floats in meters, or 16 bit integers in millimeters
 )->np.ndarray: # float32
     "Depth, with 0 for void"
-    if raw.dtype == np.uint8: raise ValueError("expected 16 bit millimeters or floats in meters, got 8 bit")
-    return raw.astype(np.float32) if raw.dtype.kind == 'f' else (raw*.001).astype(np.float32)
+    there = np.atleast_3d(raw != 0)
+    DEPTH.form.check_numbers(np.atleast_3d(raw), there, DEPTH, Encoding(), _refuse) # as of an answer
+    label = raw.astype(np.float32) if raw.dtype.kind == 'f' else (raw*.001).astype(np.float32)
+    why = DEPTH.form.implausible(np.atleast_3d(label), there[..., 0]) if there.any() else ''
+    if why: _refuse(why)
+    return label
 
 # %% ../../nbs/16_data.mat.ipynb #1b5aeb53
 def unit_vectors(
     raw:np.ndarray, # (H, W, 3): 8 bit with v/127.5 - 1, or floats
 )->np.ndarray: # (H, W, 3) float32
     "Normals of length 1, with 0 for void"
+    NORMALS.form.check_numbers(raw, raw.any(2, keepdims=True), NORMALS, Encoding(), _refuse)
     n = raw if raw.dtype.kind == 'f' else (raw/127.5 - 1)*raw.any(2, keepdims=True)
     return unit_or_void(n*(np.linalg.norm(n, axis=2, keepdims=True) >= .5))
+
+# %% ../../nbs/16_data.mat.ipynb #1adad029
+def toward_viewer(
+    raw:np.ndarray, # (H, W, 3), as of `unit_vectors`
+)->np.ndarray: # (H, W, 3) float32
+    "Normals of which most look to the viewer; others are refused"
+    n = unit_vectors(raw)
+    there = n.any(2)
+    why = NORMALS.form.implausible(n, there) if there.any() else ''
+    if why: _refuse(why)
+    return n
 
 # %% ../../nbs/16_data.mat.ipynb #a03f7e9a
 def y_turned(
@@ -231,6 +272,8 @@ def y_turned(
 
 # %% ../../nbs/16_data.mat.ipynb #ffc1045b
 def _share(raw:np.ndarray)->np.ndarray: # numbers from 0 to 1
+    if not (raw.min() >= 0 and raw.max() <= 255):
+        _refuse(f"numbers from {raw.min():g} to {raw.max():g}, expected 0 to 1, or 0 to 255")
     return raw/255 if raw.max() > 1 else raw.astype(float)
 
 # %% ../../nbs/16_data.mat.ipynb #9b1ad533

@@ -61,7 +61,7 @@ def _disagreement(a:dict, b:dict, T:int)->tuple[float, float]: # what is the lar
         m, d = a[task.name]
         n, e = b[task.name]
         s.append((d.mean()/e.mean()).item() - 1)
-        if task.form.discrete: continue # probabilities near 0 and 1 have no normal errors
+        if task.form.entropy_range(task.channels): continue # bounded: probabilities near 0 and 1 have no normal errors
         square = (m - n)**2*T/(d**2 + e**2)
         z.append(square.mean().item() - (T - 1)/(T - 2))
     return max(map(abs, z)), max(map(abs, s))

@@ -84,7 +84,7 @@ def has_class_colors(
     task:Task,
 )->bool:
     "Is a label drawn in the colors of its classes, without a color bar?"
-    return task.form.discrete and task.form.colored(task.channels)
+    return bool(task.form.names(task)) and task.form.colored(task.channels)
 
 # %% ../../nbs/91_explore.figure.ipynb #cc109398
 def label_cell(

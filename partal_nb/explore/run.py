@@ -306,8 +306,7 @@ def value_span(
     "The values that some labels have; 0 to 1 for class numbers"
     y = np.asarray(labels, float).ravel()
     y = y[y != task.ignore]
-    if task.form.discrete or not len(y): return 0., 1.
-    return float(y.min()), float(y.max())
+    return task.form.value_span(y)
 
 # %% ../../nbs/90_explore.run.ipynb #c0000226
 class RunView(RunScores):

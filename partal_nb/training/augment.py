@@ -12,8 +12,10 @@ from typing import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
+from ..forms import Direction, Distance
 from ..tasks import Task
 from ..data.arrays import unit_rgb
 
@@ -103,6 +105,27 @@ def nearest(
     index = index[:, None].expand(-1, y.shape[1], -1)
     taken = y.flatten(2).gather(2, index).view_as(y)
     return taken if outside is None else taken.masked_fill_(outside, ignore)
+
+# %% ../../nbs/30_training.augment.ipynb #c389d3c9
+@patch
+def moved(self:Distance, y, task, flip, zoom, angle):
+    "A scene that is enlarged is nearer"
+    if not (zoom != 1).any(): return y
+    nearer = y/torch.as_tensor(zoom, dtype=y.dtype, device=y.device).view(-1, 1, 1, 1)
+    return nearer if task.ignore == 0 else torch.where(y == task.ignore, y, nearer)
+
+# %% ../../nbs/30_training.augment.ipynb #12a18322
+@patch
+def moved(self:Direction, y, task, flip, zoom, angle):
+    "A flip negates x; a turn turns x and y"
+    if task.channels != 3: return y
+    like = lambda a: torch.as_tensor(a, dtype=y.dtype, device=y.device)
+    if flip.any(): y = y*like(np.where(flip[:, None], [-1, 1, 1], 1))[..., None, None]
+    if not angle.any(): return y
+    nx, ny, nz = y.split(1, 1)
+    c = like(np.cos(angle)).view(-1, 1, 1, 1)
+    s = like(np.sin(angle)).view(-1, 1, 1, 1)
+    return torch.cat([c*nx - s*ny, s*nx + c*ny, nz], 1)
 
 # %% ../../nbs/30_training.augment.ipynb #70cd50a4
 IMAGENET_MEAN = (.485, .456, .406) # fills what no camera has seen: zero for a network that normalizes
