@@ -1,27 +1,28 @@
-# `make demo` and `make test` do all the set-up themselves; they need a Python 3.10-3.12 and nothing else.
-# Another Python: `make test PYTHON=/path/to/python3.12`
+# `make demo` and `make test` do all the set-up themselves; they need a Python 3.11-3.14 and nothing else.
+# Another Python: `make test PYTHON=/path/to/python3.13`
 
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-PYTHONS := $(or $(PYTHON),python3.12 python3.11 python3.10 python3)
+PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3.14 python3)
 # Every worker imports PyTorch, so memory rather than cores is the limit.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 .PHONY: help demo test check tools docs readme hooks clean
 
 help:
-	@echo 'make demo   install into .venv and run PartAL beside random picks on the embedded rooms (minutes on a CPU)'
+	@echo 'make demo   install into .venv and run PartAL beside random pairs on the embedded rooms (minutes on a CPU)'
 	@echo 'make test   install the development tools too; library equals notebooks, notebooks run, tests pass'
 	@echo 'make tools  install the annotation tools beside, for the tests that ask them (over 1 GB; `make test` skips these tests without)'
 	@echo 'make check  only the first part: library equals notebooks, notebooks clean'
 	@echo 'make docs   build the site into _docs/ from the notebooks'
-	@echo 'make readme write the results table of README.md from the committed journals'
+	@echo 'make readme write the table of README.md from the committed journals'
 	@echo 'make hooks  let git run `make check` before every commit'
 	@echo 'make clean  remove .venv and what was built or cached here; runs/ stays'
 
 demo: .venv/.run
-	@partal run --preset demo --strategy partal --against random --seed 0 --out runs/demo
+	@echo 'running PartAL beside random pairs: the last line is the run folder, `partal explore runs/demo` shows it'
+	@partal run --preset demo --strategy partal --against random_pairs --seed 0 --out runs/demo
 
 test: check
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing --skip_folder_re '^[_.]|^runs$$'
@@ -46,7 +47,7 @@ docs: .venv/.dev
 	python -c "from partal_nb.dev.site import build; print(build())"
 
 readme: .venv/.run
-	python -c "from partal_nb.reports.figures import update_results; update_results('README.md', 'nbs/runs/results')"
+	python -c "from partal_nb.reports.headline import update_headline; update_headline('README.md', 'nbs/runs/results')"
 
 hooks:
 	git config core.hooksPath .githooks
@@ -58,19 +59,21 @@ clean:
 .venv/.made:
 	@cure='set PYTHON=/path/to/python'; \
 	for p in $(PYTHONS); do \
-		"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 || continue; \
+		"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1 || continue; \
 		"$$p" -c 'import ensurepip' >/dev/null 2>&1 || { cure="$$p lacks its venv module: apt-get install python3-venv"; continue; }; \
 		echo "making .venv with $$p ($$("$$p" --version))"; \
 		"$$p" -m venv .venv && touch $@; exit; \
 	done; \
-	echo "make: no Python 3.10-3.12 that works among: $(PYTHONS); $$cure" >&2; exit 1
+	echo "make: no Python 3.11-3.14 that works among: $(PYTHONS); $$cure" >&2; exit 1
 
 .venv/.run: settings.ini setup.py | .venv/.made
-	pip install --editable .
+	@echo 'installing partal_nb and what it needs into .venv (PyTorch with its GPU libraries is some 5 GB: minutes)'
+	@pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 .venv/.dev: settings.ini setup.py | .venv/.run
-	pip install --quiet --editable '.[dev]'
+	@echo 'installing the development tools'
+	@pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 # They need other versions of what the package needs, so they have an environment of their own.

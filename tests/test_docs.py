@@ -26,7 +26,6 @@ from partal_nb.dev.site import generated
 ROOT = Path(__file__).parents[1]
 NBS = ROOT/'nbs'
 CHROME = shutil.which('chromium') or shutil.which('google-chrome')
-if sys.version_info < (3, 11): pytest.skip('smalldocs needs Python 3.11', allow_module_level=True)
 
 class Page(HTMLParser):
     "What one page links to, loads, and can be linked at"

@@ -25,7 +25,7 @@ def coco_masks(): # `pycocotools.mask`
     "COCO's codec, imported when it is needed"
     try: from pycocotools import mask
     except ImportError as e:
-        raise ImportError("format 'coco' needs pycocotools: pip install 'partal_nb[annotate]'") from e
+        raise ImportError("format 'coco' needs pycocotools: pip install 'partal_nb[coco]'") from e
     return mask
 
 # %% ../../nbs/84_annotate.coco.ipynb #c00001d4

@@ -37,8 +37,7 @@ def _read_file(path:Path): # its content
     toml = path.suffix == '.toml'
     try:
         if not toml: return json.loads(path.read_bytes())
-        try: import tomllib
-        except ModuleNotFoundError: import tomli as tomllib # Python 3.10
+        import tomllib
         return tomllib.loads(path.read_text('utf-8'))
     except ValueError as e: raise ValueError(f"{path}: not {'TOML' if toml else 'JSON'}: {e}") from e
 
