@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 
+from .core import distinct_colors
+
 # %% ../nbs/02_forms.ipynb #ee505e83
 class FileForm(str):
     "How labels of a form are kept in arrays and files"
@@ -216,9 +218,8 @@ class Classes(Discrete):
     def picture_error(self, pred, truth)->np.ndarray: return (pred != truth).any(2).astype(float)
     def error_unit(self, task)->str: return ''
 
-    def shade(self, task, y)->np.ndarray: # qualitative maps repeat where there are more classes than colors
-        n = 20 if task.cmap == 'tab20' else 10
-        return (y[..., 0].astype(float) % n + .5)/n
+    def colors(self, task, y)->np.ndarray: # no two classes share a color
+        return distinct_colors(task.channels)[np.minimum(y[..., 0], task.channels - 1)]
 
     def text(self, task, y, void)->np.ndarray:
         names = np.array([*(task.classes or map(str, range(task.channels))), 'void'], dtype=object)

@@ -11,10 +11,14 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import psutil
 import pytest
+from colorspacious import cspace_convert
 from PIL import Image
 
+from partal_nb.core import distinct_colors
 from partal_nb.tasks import semseg_task, standard_task
 from partal_nb.config import preset
 from partal_nb.data.dataset import write_dataset
@@ -22,8 +26,7 @@ from partal_nb.explore.entropy import EntropyExplorer, entropy_view
 from partal_nb.explore.injection import injection_view
 from partal_nb.explore.selection import reasons
 from partal_nb.explore.run import TINY, open_run_view, tiny_run
-from partal_nb.explore.figure import number
-from partal_nb.explore.widgets import weight
+from partal_nb.explore.plot import number, weight
 from partal_nb.explore.chooser import RunChooser
 from partal_nb.runs.loop import run
 
@@ -185,11 +188,13 @@ def tick(page, description:str): page.locator('.widget-checkbox', has_text=descr
 def try_entropy(page, opened):
     plot = figure(page)
     view = entropy_view(opened, 0, 0)
-    assert titles(plot)[0] == plain(view.title) and 'semseg, entropy: mean' in titles(plot)[2]
-    point(page, plot, 3, 2, 2, f'{number(view.maps["semseg"][0, 0])} nats')
-    point(page, plot, 2, 30, 20, opened.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])])
+    assert titles(plot)[0] == plain(view.title) and titles(plot)[4].startswith('semseg, entropy: ')
+    point(page, plot, 5, 2, 2, f'{number(view.maps["semseg"][0, 0])} nats')
+    read = page.get_by_text(f'semseg, entropy: {number(view.maps["semseg"][0, 0])} nats').inner_text()
+    assert 'depth, predicted: ' in read and 'normals, predicted: ' in read, 'one pointer reads all maps'
+    point(page, plot, 4, 30, 20, opened.tasks[0].classes[int(view.labels['semseg'][20, 30, 0])])
     before = pictures(plot)
-    slide(page, 'image')
+    slide(page, 'place')
     until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, 1, 0).title))
     assert pictures(plot)[0] != before[0]
     page.locator('.widget-dropdown', has_text='round').locator('select').select_option('1')
@@ -205,18 +210,20 @@ def try_selection(page, opened):
     # its own money and prices, in spite of how a browser rounds a slider
     page.get_by_text('6 of them were bought by the run').wait_for()
     first = bought[0]
-    assert f'1. {opened.names[first.task]} of {opened.pool.images[first.image]}' in titles(plot)
+    picks = page.locator('.js-plotly-plot').nth(2)
+    assert f'1. {opened.names[first.task]} of {opened.pool.images[first.image]}' in titles(picks)
     image, task = (int(i[0]) for i in (opened.since() == 0).nonzero())
     point(page, plot, '', image, task, f'{opened.names[task]} of image {opened.pool.images[image]}: start, for 1 label')
     marks = lambda: plot.locator('.scatterlayer .point').count()
     assert marks() == 6
-    slide(page, 'budget, pairs')
+    slide(page, 'budget')
     until(page, lambda: marks() == 7)
+    page.locator('.widget-dropdown', has_text='budget in').locator('select').select_option('labels')
     tick(page, 'rank by score per price')
-    before = pictures(plot)
+    before = pictures(picks)
     slide(page, 'purchases from')
-    until(page, lambda: any(t.startswith('5. ') for t in titles(plot)))
-    assert pictures(plot) != before
+    until(page, lambda: any(t.startswith('5. ') for t in titles(picks)))
+    assert pictures(picks) != before
 
 def try_injection(page, opened):
     plot = figure(page)
@@ -229,10 +236,10 @@ def try_injection(page, opened):
     injected = injection_view(opened, 0, 1, ('depth',))
     assert f'{injected.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
     point(page, plot, 8, 2, 2, f'{number(injected.after["semseg"].map[0, 0])} nats')
-    slide(page, 'image')
+    slide(page, 'place')
     until(page, lambda: titles(plot)[0] == plain(injection_view(opened, 1, 1).title))
     page.get_by_role('button', name='measure all sets').click()
-    until(page, lambda: any('over 3 test images, round 1' in t for t in titles(figure(page))))
+    until(page, lambda: any('over 3 test images, round 1' in t for t in titles(page.locator('.js-plotly-plot').nth(1))))
 
 TRY = dict(entropy=try_entropy, selection=try_selection, injection=try_injection)
 
@@ -256,7 +263,7 @@ def test_the_keyboard_is_enough(page, opened, tmp_path):
     with app('entropy', opened.folder.path, page, tmp_path) as url:
         page.goto(url, timeout=PATIENCE)
         plot = figure(page)
-        tab_to(page, row(page, 'image').locator('.noUi-handle').first)
+        tab_to(page, row(page, 'place').locator('.noUi-handle').first)
         for i in (1, 2):
             page.keyboard.press('ArrowRight')
             until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
@@ -273,11 +280,11 @@ def test_the_keyboard_is_enough(page, opened, tmp_path):
         until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
         tab_to(page, page.get_by_role('button', name='save as HTML'))
         page.keyboard.press('Enter')
-        kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-round1-*.html')))[0]
+        kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-*-round1-*.html')))[0]
         tab_to(page, page.get_by_role('button', name='save as PNG'))
         with page.expect_download() as saved: page.keyboard.press('Enter')
         picture = Image.open(saved.value.path())
-        assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-round1-')
+        assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-tiny-round1-T3-')
         assert picture.width >= plot.evaluate('gd => gd._fullLayout.width')
         assert len(picture.convert('RGB').getcolors(10**6)) > 1000
         alone, shown = page.context.new_page(), titles(plot)
@@ -342,16 +349,109 @@ def test_a_thousand_images(page, thousand, tmp_path):
         page.wait_for_timeout(500) # until all has come
         frames.clear()
         for i in range(1, 6):
-            slide(page, 'image')
+            slide(page, 'place')
             until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[i]), 0).title))
         page.get_by_text('6 of 1000').wait_for()
-    one = weight(EntropyExplorer(thousand).panel.plot.figure)
+    one = weight(EntropyExplorer(thousand).panel.plots[0].figure)
     assert 0 < sum(frames) < 5*2*one < thousand.pool.rgb.nbytes/5
 
-def test_a_run_that_is_not_there(page, tmp_path):
-    "A sentence and a button, and no traceback"
-    with app('entropy', tmp_path/'nowhere', page, tmp_path) as url:
+def test_a_run_that_is_not_there_is_refused_before_a_server_starts(tmp_path):
+    port = free_port()
+    command = [BIN/'partal', 'explore', tmp_path/'nowhere', '--port', port]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and 'config.json is missing' in done.stderr and not done.stdout
+    assert not answers(f'http://127.0.0.1:{port}') and not list(tmp_path.iterdir())
+
+def test_the_demo_run_is_never_made_among_photographs(tmp_path):
+    photos = [tmp_path/f'{i}.jpg' for i in range(3)]
+    for p in photos: Image.new('RGB', (8, 8)).save(p)
+    chooser = RunChooser(EntropyExplorer, tmp_path)
+    assert chooser.make.layout.display == 'none'
+    chooser.make.click()
+    assert 'holds other files' in chooser.message.value and sorted(tmp_path.iterdir()) == photos
+
+def test_data_by_a_relative_path_that_then_moves(page, tmp_path, monkeypatch):
+    "The app works in another folder than the run was made in; where the data set moved, it asks for the new place"
+    tasks, names = (standard_task('depth'),), [f'{i}' for i in range(13)]
+    def sample(i): return dict(rgb=np.full((48, 64, 3), 20*int(i), np.uint8), depth=np.ones((48, 64, 1), np.float32))
+    monkeypatch.chdir(tmp_path)
+    write_dataset('photos', 'made up', tasks, dict(train=names[:10], test=names[10:]), sample, progress=False)
+    own = dict(TINY, pool_images=0, test_images=0, rounds=0, train_for=2)
+    made = run(preset('demo', **own, data='photos', tasks=('depth',)), 'made/run', progress=False)
+    elsewhere = tmp_path/'elsewhere'
+    elsewhere.mkdir()
+    with app('entropy', Path(made).resolve(), page, elsewhere) as url:
         page.goto(url, timeout=PATIENCE)
-        page.get_by_text('config.json is missing').wait_for(timeout=PATIENCE)
-        assert page.get_by_role('button', name='make the demo run').is_visible()
-        assert 'Traceback' not in page.inner_text('body')
+        assert titles(figure(page))[0].startswith('image 0')
+        (tmp_path/'photos').rename(tmp_path/'moved')
+        page.get_by_role('button', name='open', exact=True).click()
+        page.get_by_text('the data set photos of').wait_for(timeout=PATIENCE)
+        field = page.get_by_placeholder('where the data set is now')
+        field.fill(str(tmp_path/'moved'))
+        field.press('Tab')
+        page.get_by_role('button', name='open', exact=True).click()
+        assert titles(figure(page))[0].startswith('image 0')
+
+def test_a_reload_a_link_and_back_show_the_same_view(page, opened, tmp_path):
+    with app('entropy', opened.folder.path, page, tmp_path) as url:
+        page.goto(f'{url}#place=3&round=1', timeout=PATIENCE)
+        third = plain(entropy_view(opened, 2, 1).title)
+        until(page, lambda: titles(figure(page))[0] == third, 120)
+        slide(page, 'place')
+        until(page, lambda: 'place=4' in page.url and 'round=1' in page.url)
+        page.reload()
+        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title), 120)
+        slide(page, 'place')
+        until(page, lambda: 'place=5' in page.url)
+        page.go_back()
+        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title))
+
+WIDTHS = 390, 1280, 2560
+
+def test_every_width_and_both_themes(page, opened, tmp_path):
+    "Figures fill the page and never more than it; the theme is the system's"
+    with app('entropy', opened.folder.path, page, tmp_path) as url:
+        for wide in WIDTHS:
+            page.set_viewport_size(dict(width=wide, height=900))
+            page.goto(url, timeout=PATIENCE)
+            plot = figure(page)
+            drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
+            until(page, lambda: .6*wide < drawn() <= wide)
+            assert page.evaluate('document.scrollingElement.scrollWidth') <= wide
+            paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
+            for theme, color in dict(dark='#111', light='#fff').items():
+                page.emulate_media(color_scheme=theme)
+                until(page, lambda: paper() == color)
+                page.screenshot(path=tmp_path/f'{wide}-{theme}.png')
+
+def server_at(port:str): # the process that `app` started
+    return next(p for p in psutil.process_iter(['cmdline']) if f'--port={port}' in (p.info['cmdline'] or []))
+
+def test_the_kernels_of_closed_tabs_end(page, opened, tmp_path):
+    "Those of open tabs, and the one that waits for the next tab, stay"
+    with app('entropy', opened.folder.path, page, tmp_path) as url:
+        server = server_at(re.search(r':(\d+)/', url)[1])
+        count = lambda: sum('ipykernel_launcher' in ' '.join(c.cmdline()) for c in server.children(recursive=True))
+        for _ in range(2):
+            page.goto(url, timeout=PATIENCE)
+            figure(page)
+        until(page, lambda: count() == 3, 120) # two visits, and the one that waits
+        until(page, lambda: count() == 2, 180)
+        slide(page, 'place')
+        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 1, 0).title))
+
+def apart(colors, lacking:str)->float: # smallest CAM02-UCS distance, as eyes see them that lack a kind of cones
+    if lacking: colors = cspace_convert(colors, dict(name='sRGB1+CVD', cvd_type=lacking, severity=100), 'sRGB1')
+    seen = cspace_convert(np.clip(colors, 0, 1), 'sRGB1', 'CAM02-UCS')
+    distances = np.linalg.norm(seen[:, None] - seen[None], axis=2)
+    return distances[~np.eye(len(colors), dtype=bool)].min()
+
+EYES = '', 'protanomaly', 'deuteranomaly', 'tritanomaly'
+
+@pytest.mark.parametrize('lacking', EYES)
+def test_forty_classes_have_colors_that_differ_for_all_eyes(lacking):
+    "At least twice what is just noticed, and more than the twenty of Matplotlib's tab20 for who lacks a kind of cones"
+    forty = apart(distinct_colors(40), lacking)
+    assert forty > 4.6
+    tab20 = apart(np.array(matplotlib.colormaps['tab20'].colors), lacking)
+    if lacking: assert apart(distinct_colors(20), lacking) > 2*tab20

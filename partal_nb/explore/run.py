@@ -99,9 +99,8 @@ class RunLabels(RunData):
         return pair_matrix(self.events, ['cost'], self.pool)[0]
 
     def prices(self)->Prices:
-        "What the run paid with: money, or pairs"
-        prices = run_prices(self.config, self.tasks)
-        return prices if self.config.step_money else prices.in_pairs()
+        "What a label costs in this run, whatever its budget counts"
+        return run_prices(self.config, self.tasks)
 
     def pool_at(self,
         r:int, # the round
@@ -230,6 +229,8 @@ class RunStrategy(RunOutputs):
         "A strategy; the run's own with the choices of its configuration"
         own = strategy in ('', self.config.strategy)
         return strategy_of(self.config) if own else get_strategy(strategy)
+
+    def reads_scores(self)->bool: return bool(pair_needs(self.rule())) # does a score of pairs decide what it buys
 
     def needs(self,
         strategy:str='', # empty: the run's own
@@ -360,10 +361,12 @@ def read_events(
 def open_run_view(
     folder,             # of a run
     progress:bool=True, # show bars while data is prepared
+    data:str='',        # where its data set is now; default: where its configuration says
 )->RunView:
     "Open a run for viewing, finished or not, if it has a finished round"
     folder = RunFolder(folder)
     config = folder.config
+    if data: config = replace(config, data=data)
     folder.check_files()
     data, pool, test = load_data(config, progress)
     check_data(folder, data, pool)
