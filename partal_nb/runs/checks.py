@@ -23,7 +23,7 @@ from ..core import derive_seed, pick_device, write_json
 from ..tasks import Pair, Task
 from ..config import RunConfig, config_hash
 from ..pool import Picks, Pool
-from ..plugins import imports, load_plugins
+from ..plugins import imports, load_plugins, where_now
 from ..data.dataset import Dataset
 from ..data.arrays import Arrays, load_arrays
 from ..data.walks import cluster_id
@@ -298,8 +298,12 @@ def claim(
     config:RunConfig,
     data:RunData,
 ):
-    "Write `config.json`, or check that it describes this very run"
-    if check_folder(folder, config, data.dataset): return
+    "Write `config.json`, or check that it describes this very run; a plug-in that moved is recorded where it lies now"
+    if check_folder(folder, config, data.dataset):
+        about = folder.about
+        now = list(where_now(about.get('imports', ())))
+        if now != list(about.get('imports', ())): write_json(folder.about_file, about | dict(imports=now))
+        return
     about = identity(config, data.dataset)
     about |= dict(config=asdict(config), tasks=[asdict(t) for t in data.tasks], imports=list(imports()))
     write_json(folder.about_file, about | about_machine(config.device))
@@ -354,7 +358,7 @@ def check_run(
 )->RunData: # what was opened
     "Refuse a run that could not be finished, or not in this folder"
     folder = RunFolder(folder)
-    load_plugins(folder.about.get('imports', ()) if folder.exists else ())
+    load_plugins(where_now(folder.about.get('imports', ())) if folder.exists else ())
     _check_passes(config)
     pick_device(config.device)
     Encoder(config.encoder, pretrained=False)

@@ -170,7 +170,8 @@ def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave a task to pre
 def _pass_counts(config:RunConfig)->tuple[int, ...]: # of dropout: half and twice as many, too, to see what they buy
     T = config.passes
     if config.estimator == 'mc_dropout': return max(2, T//2), T, 2*T
-    return (2,) if config.estimator == 'inconsistency' else (config.members,)
+    if config.estimator == 'inconsistency': return (2,)
+    return (config.members,) if config.estimator in ('masksembles', 'ensemble', 'snapshots') else (T,)
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000147
 def _quality(run:OpenRun, r:int, models:list[PADNet], T:int)->dict:

@@ -13,6 +13,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 
+from ..core import add_entry
 from ..pool import Bought, Pool, Scores
 from .scale import NORMALIZERS, normalize
 
@@ -42,11 +43,8 @@ def score(
     if not name.isidentifier() or name in COLUMNS:
         raise ValueError(f"score {name!r}: expected a name of letters, digits and _, none of {list(COLUMNS)}")
     def register(f):
-        there = SCORES.get(name, f)
-        if (there.__module__, there.__qualname__) != (f.__module__, f.__qualname__):
-            raise ValueError(f"score {name!r} is taken by {there.__module__}.{there.__qualname__}; use another name")
+        add_entry(SCORES, name, f, 'score')
         f.finite = finite
-        SCORES[name] = f
         return f
     return register
 
@@ -171,7 +169,8 @@ class PairScoring(AcquisitionSettings):
         "The pairs to score, and the labels to inject"
         pairs = pool.open if start is None else pool.open | start
         inject = pool.labeled & pool.open.any(1, keepdims=True) & self.inject
-        return ScoringPool(pool.images, pool.tasks, pool.labeled, pool.available, pairs, inject, self.estimator, progress)
+        seen = pool.labeled, pool.available, pairs, inject
+        return ScoringPool(pool.images, pool.tasks, *seen, self.estimator, progress)
 
     def raw(self,
         models,           # the round's network, or those of an ensemble
