@@ -20,8 +20,8 @@ from ..tasks import Task, task_from_dict
 from ..config import RunConfig, config_from_dict, config_hash
 from ..pool import Pool, Scores, scores_from_rows
 from ..plugins import load_recorded
-from ..training.schedule import snapshot_path
-from .journal import read_journal
+from ..training.schedule import part_path, snapshot_path
+from .journal import JOURNAL, read_journal
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0006
 class RunPaths:
@@ -36,6 +36,10 @@ class RunPaths:
     def about_file(self)->Path: return self.path/'config.json'
     @property
     def ledger_file(self)->Path: return self.path/'ledger.db'
+    @property
+    def journal_file(self)->Path: return self.path/JOURNAL
+    @property
+    def notebook_file(self)->Path: return self.path/'al_run.ipynb' # executed by `partal run`
     @property
     def lock_file(self)->Path: return self.path/'.lock'
     @property
@@ -65,7 +69,7 @@ class NetworkPaths(RunPaths):
 
     def part(self, r:int, member:int=0)->Path:
         "The network of a round that is still trained"
-        return self.checkpoint(r, member).with_suffix('.part')
+        return part_path(self.checkpoint(r, member))
 
     def snapshot(self,
         r:int, # the round
