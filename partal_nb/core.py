@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'COLOR_BLIND', 'TO_CONES', 'FROM_CONES', 'same_image', 'say_once', 'derive_seed', 'set_seed', 'pick_device',
-           'write_atomic', 'write_json', 'inside', 'cache_dir', 'check_from_0', 'oklab', 'as_seen', 'distinct_colors']
+           'write_atomic', 'write_json', 'inside', 'cache_dir', 'check_from_0', 'origin', 'add_entry', 'oklab',
+           'as_seen', 'distinct_colors']
 
 # %% ../nbs/00_core.ipynb #c0000006
 import errno
@@ -14,10 +15,12 @@ import logging
 import math
 import os
 import random
+import sys
 import unicodedata
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Callable
 
 # %% ../nbs/00_core.ipynb #dec8fa6d
 @lru_cache(1 << 16)
@@ -138,6 +141,27 @@ def check_from_0(
     if number and 0 <= value <= most: return
     expected = 'a whole number' if whole else 'a number' if most == math.inf else f'a share up to {most:g}'
     raise ValueError(f"{name}: expected {expected} from 0, got {value!r}")
+
+# %% ../nbs/00_core.ipynb #31158412
+def origin(
+    f, # a function or class
+)->str: # path of a file; the module's name where there is none, as in a notebook
+    "Where something was defined"
+    module = getattr(f, '__module__', None) or ''
+    return getattr(sys.modules.get(module), '__file__', None) or module
+
+# %% ../nbs/00_core.ipynb #1b879506
+def add_entry(
+    table:dict, # name -> entry
+    name:str,
+    entry,
+    what:str,   # the entry is, for the message
+    made_by:Callable=lambda entry: entry, # the function or class that tells where an entry comes from
+):
+    "Add to a table; a name that another file has taken is refused"
+    there, here = (origin(made_by(e)) for e in (table.get(name, entry), entry))
+    if there != here: raise ValueError(f"{what} {name!r} is taken, by {there}; use another name")
+    table[name] = entry
 
 # %% ../nbs/00_core.ipynb #a902ca71
 COLOR_BLIND = dict( # what lacks -> linear RGB as it is seen, from linear RGB

@@ -1,5 +1,6 @@
 "The house style, as tests: one function per rule, one line per fault, and for every rule a planted fault that it finds"
 import ast
+import builtins
 import io
 import json
 import re
@@ -134,6 +135,45 @@ def runnable(p):
     if any(c.get('outputs') or c.get('execution_count') for _, _, c in cells(p)):
         yield 'stores outputs; jupyter nbconvert --clear-output --inplace'
 
+# Fields and methods are read through an object; a class that needs one of these names has a reason.
+FIELDS = {
+    'pool.Pool': ('open',), 'uncertainty.acquisition.ScoringPool': ('open',), # unlabeled pairs that can be bought
+    'select.prices.Prices': ('open',),      # a key of the configuration: the image cost
+    'annotate.query.Paint': ('hex',),       # a color, as `bytes.hex` writes it
+    'annotate.submission.SubmissionFiles': ('bytes',), # of a file
+    'explore.injection.Result': ('map',),   # of entropy
+    'runs.ledger.State': ('round',)}        # a column of the ledger
+OF_SITE = {'license', 'credits', 'copyright'} # which `site` adds, for people at a prompt
+BUILTINS = {name for name in dir(builtins) if not name.startswith('_')} - OF_SITE
+
+def bound(node)->list[str]: # names that a node of the tree binds in a function or module
+    if isinstance(node, ast.arg): return [node.arg]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): return [node.id]
+    if isinstance(node, ast.FunctionDef): return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)): return [a.asname or a.name for a in node.names]
+    return []
+
+def of_classes(tree)->list[tuple]: # (class, node) of every field and method, also of those that `@patch` adds
+    found = []
+    for n in ast.walk(tree):
+        for member in getattr(n, 'body', []) if isinstance(n, ast.ClassDef) else []:
+            targets = getattr(member, 'targets', None) or [getattr(member, 'target', member)]
+            found += [(n.name, target) for target in targets]
+        if isinstance(n, ast.FunctionDef) and any(getattr(d, 'id', '') == 'patch' for d in n.decorator_list):
+            found.append((n.args.args[0].annotation.id, n))
+    return found
+
+def unshadowed(p):
+    tree = ast.parse(p.read_text('utf-8'))
+    place = '.'.join(p.relative_to(ROOT/'partal_nb').with_suffix('').parts) if ROOT in p.parents else p.stem
+    members = of_classes(tree)
+    for cls, n in members:
+        taken = [name for name in bound(n) if name in BUILTINS and name not in FIELDS.get(f'{place}.{cls}', ())]
+        yield from (f'{place}.{cls} has a field {name!r}, which is a built-in' for name in taken)
+    fields = {id(n) for _, n in members}
+    for n in (n for n in ast.walk(tree) if id(n) not in fields):
+        yield from (f'line {n.lineno} shadows the built-in {name!r}' for name in bound(n) if name in BUILTINS)
+
 def portable(p):
     found = re.search(r'(?<![\w.~$}-])/(home|root|Users|work|tmp)/\w+', p.read_bytes().decode('utf-8', 'ignore'))
     if found: yield f'names a path of one machine: {found[0]}'
@@ -154,7 +194,8 @@ MODULES = sorted(p for p in (ROOT/'partal_nb').rglob('*.py') if p.name != '_modi
 RULES = [
     (opening, NBS), (small, NBS), (single, NBS), (narrow, NBS), (narrow_file, TESTS), (short, MODULES), (explicit, NBS),
     (upstream, NBS), (unprivate, NBS), (unbranched, NBS), (proved, NBS), (once, NBS), (quiet, EVERY),
-    (runnable, TEMPLATES), (worded, PAGES), (portable, in_git()), (generated, MODULES)]
+    (runnable, TEMPLATES), (worded, PAGES), (portable, in_git()), (generated, MODULES),
+    (unshadowed, MODULES)]
 
 @pytest.mark.parametrize('rule,files', RULES, ids=[rule.__name__ for rule, _ in RULES])
 def test_style(rule, files):
@@ -220,6 +261,33 @@ def test_a_planted_fault_is_found(rule, says, planted, tmp_path):
     assert not list(rule(notebook(tmp_path/'99_good.ipynb', GOOD + [SET])))
     found = list(rule(notebook(tmp_path/'00_bad.ipynb', planted)))
     assert len(found) == 1 and says in found[0], found
+
+def test_shadowed_built_ins_are_found(tmp_path):
+    (tmp_path/'a.py').write_text('def f(format): pass\nclass A:\n    id:int\nfor id in (): map = max\n')
+    found = ["a.A has a field 'id', which is a built-in", "line 1 shadows the built-in 'format'",
+             "line 4 shadows the built-in 'id'", "line 4 shadows the built-in 'map'"]
+    assert sorted(unshadowed(tmp_path/'a.py')) == found
+
+# Names that two modules give to two things; a new one is refused, and this list only becomes shorter.
+SHARED = set("""
+    AXES Batch COLUMNS DRAFTS READ TOP TURN UNREADABLE VERSION WHITE amount board build imports line log number paint
+    pick prefetch read_folder row sentence spread write_npy""".split())
+
+def public(p)->set[str]: # functions, classes and tables that a module makes, but for what `@patch` adds to classes
+    tree = ast.parse(p.read_text('utf-8'))
+    added = {id(n) for _, n in of_classes(tree)}
+    found = set()
+    for n in (n for n in tree.body if id(n) not in added):
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): found.add(n.name)
+        targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+        found |= {t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)}
+    return {name for name in found if name[0] != '_'}
+
+def test_a_public_name_is_one_thing():
+    commands = {p for p in MODULES if p.parent.name == 'commands' or p.stem == 'cli'} # named as what they call
+    made = [name for p in MODULES if p.name != '__init__.py' and p not in commands for name in public(p)]
+    twice = {name for name in made if made.count(name) > 1}
+    assert twice <= SHARED, f'defined in two modules: {sorted(twice - SHARED)}'
 
 def test_wide_and_long_files_are_found(tmp_path):
     (tmp_path/'a.py').write_text('x'*121 + '\n'*400)

@@ -122,18 +122,21 @@ def tell(
     path:Annotated[Path, typer.Argument(help="What came back: a folder, a zip or a file.")],
     project:InProject=Path('project'),
     task:Annotated[str, typer.Option(help="Of which task. Default: by the names of its folders.")]='',
-    format:Annotated[str, typer.Option(help="png, npy, label-studio, cvat or coco. Default: auto-detect.")]='',
+    file_format:Annotated[str, typer.Option(
+        '--format', help="png, npy, label-studio, cvat or coco. Default: auto-detect.")]='',
     who:Annotated[str, typer.Option(help="Who made it, where the file names nobody.")]='annotator',
+    plugins:Imports=None,
 ):
     "Import labels and rejections; exit code 1 if something had to be refused."
     with plain_errors():
         from partal_nb.annotate.tell import tell
         folder = Path(batch)
         by_number = batch.isdigit()
+        load_plugins(plugins or ())
         if not by_number and not (folder.name.isdigit() and folder.is_dir()):
             raise ValueError(f"batch {batch!r}: expected its number, or its folder")
         place = project if by_number else folder.resolve().parents[1]
-        imported = tell(place, int(folder.name), path, task, format, who)
+        imported = tell(place, int(folder.name), path, task, file_format, who)
         typer.echo(imported)
         if imported.refused: raise typer.Exit(1)
 
@@ -142,11 +145,13 @@ def status(
     project:InProject=Path('project'),
     money:Annotated[Optional[float], typer.Option(help="The next purchase; Default: as much as the last batch.")]=None,
     picture:Annotated[Optional[Path], typer.Option(help="A picture to write: quality against money.")]=None,
+    plugins:Imports=None,
 ):
     "Show what is labeled, asked, rejected and spent, what the next money is expected to buy, and when to stop."
     with plain_errors():
         from partal_nb.annotate.project import open_project
         from partal_nb.annotate.status import money_figure, status
+        load_plugins(plugins or ())
         s = status(project, money)
         typer.echo(s)
         if picture and len(s.points): money_figure(open_project(project), s.points, s.money).savefig(picture)
@@ -156,7 +161,7 @@ def log(
     project:InProject=Path('project'),
     backup:Annotated[Optional[Path], typer.Option(help="A file to write a whole copy of the ledger to.")]=None,
 ):
-    "Print every event: asked, told, rejected, corrected, with price, time, who, and content hash."
+    "Print every event (asked, imported, rejected, corrected) with price, time, who, and content hash."
     with plain_errors():
         from partal_nb.annotate.project import open_project
         from partal_nb.annotate.status import log_lines

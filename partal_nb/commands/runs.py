@@ -51,8 +51,8 @@ def _check_all(configs:dict[Path, RunConfig]): # before the first begins
 
 # %% ../../nbs/97_commands.runs.ipynb #a97f0007
 def _is_done(out:Path, configs:dict[Path, RunConfig])->bool:
-    from partal_nb.runs.folder import is_finished
-    return (out/'al_run.ipynb').exists() and all(is_finished(c, folder) for folder, c in configs.items())
+    from partal_nb.runs.folder import RunFolder, is_finished
+    return RunFolder(out).notebook_file.exists() and all(is_finished(c, folder) for folder, c in configs.items())
 
 # %% ../../nbs/97_commands.runs.ipynb #a97f0008
 def _execute_run(configs:dict[Path, RunConfig], parameters:dict, kernel:str):

@@ -121,8 +121,7 @@ class Encoder(nn.Module):
         mix = nn.Conv2d(self.channels, self.channels, 1, bias=False)
         self.mix = nn.Sequential(mix, nn.BatchNorm2d(self.channels), nn.ReLU(inplace=True))
         for k in ('mean', 'std'):
-            per_channel = torch.tensor(self.net.default_cfg[k]).view(1, 3, 1, 1)
-            self.register_buffer(k, per_channel, persistent=False)
+            self.register_buffer(k, torch.tensor(self.net.default_cfg[k]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self,
         x:Tensor, # (B, 3, H, W), red, green, blue in [0, 1]

@@ -16,6 +16,7 @@ from numpy.random import Generator
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 
+from ..core import add_entry
 from .k_center import k_center, pick_distances
 
 # %% ../../nbs/54_select.pick.ipynb #57c81002
@@ -54,7 +55,7 @@ def pick(
     def register(f):
         f.score = score
         f.features = features
-        PICKS[name] = f
+        add_entry(PICKS, name, f, 'pick')
         return f
     return register
 

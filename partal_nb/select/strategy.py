@@ -8,12 +8,14 @@ __all__ = ['SCALED', 'RANKED_IMAGES', 'STRATEGIES', 'Choices', 'worth', 'pick_pa
            'reads_errors', 'check_strategy']
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000112
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import numpy as np
 from numpy.random import Generator
 
+from ..core import add_entry
 from ..pool import Context, Picks, Pool, Scores
 from ..uncertainty.acquisition import FEATURES, Acquisition, need_names
 from .top import check_budget, check_values, top_images, top_pairs
@@ -141,10 +143,10 @@ def strategy(
     try: names = need_names(needs)
     except ValueError as e: raise ValueError(f"strategy {name!r}: {e}, or None") from e
     def register(f):
+        add_entry(STRATEGIES, name, f, 'strategy')
         f.needs = names if len(names) > 1 else next(iter(names), None) # None, a name, or a tuple of several
         f.strategy = name
         f.choices = None # it is no row
-        STRATEGIES[name] = f
         return f
     return register
 
@@ -174,7 +176,9 @@ def add_row(
     **choices, # fields of `Choices`
 ):
     "Register a row of choices under `name`"
-    STRATEGIES[name] = row(name, text, Choices(**choices))
+    f:Any = row(name, text, Choices(**choices))
+    f.__module__ = sys._getframe(1).f_globals['__name__'] # of whoever calls
+    add_entry(STRATEGIES, name, f, 'strategy')
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000109
 def get_strategy(
@@ -182,7 +186,8 @@ def get_strategy(
 )->Any: # `f(scores, pool, budget, rng) -> Picks`, with `f.needs` and `f.choices`
     "The strategy called `name`"
     if callable(name): return name
-    if name not in STRATEGIES: raise ValueError(f"unknown strategy {name!r}; there are {sorted(STRATEGIES)}")
+    if name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}; there are {sorted(STRATEGIES)}; --import brings one of a plug-in")
     return STRATEGIES[name]
 
 # %% ../../nbs/55_select.strategy.ipynb #c6518020

@@ -26,7 +26,7 @@ from ..data.arrays import Arrays, unit_rgb
 from ..model.encoder import log
 from ..model.padnet import PADNet, Prediction, arithmetic
 from ..losses import total_loss
-from .schedule import DETACH_AFTER, cycle_ends, snapshot_path
+from .schedule import DETACH_AFTER, cycle_ends, part_path, snapshot_path
 from .checkpoint import load_checkpoint, save_checkpoint
 
 # %% ../../nbs/33_training.hooks.ipynb #c0330006
@@ -148,7 +148,7 @@ class Checkpoint(Hook):
         save_every:float=60, # seconds between unfinished ones
     ):
         self.path = Path(path)
-        self.part = self.path.with_suffix('.part')
+        self.part = part_path(self.path)
         self.save_every = save_every
 
     def start(self, trainer):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETACH_AFTER', 'round_length', 'plan_steps', 'batch_index', 'cycle_ends', 'learning_rate', 'snapshot_path',
-           'prefetch']
+           'part_path', 'prefetch']
 
 # %% ../../nbs/31_training.schedule.ipynb #c00000c9
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +87,13 @@ def snapshot_path(
 )->Path:
     "Where a snapshot lies"
     return Path(path).with_suffix(f'.snapshot-{i}.safetensors')
+
+# %% ../../nbs/31_training.schedule.ipynb #4f8bf78c
+def part_path(
+    path, # the round's checkpoint
+)->Path:
+    "Where it lies while the round is trained"
+    return Path(path).with_suffix('.part')
 
 # %% ../../nbs/31_training.schedule.ipynb #7db37849
 def prefetch(
