@@ -3,6 +3,8 @@ import io
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,30 @@ def png(a, palette=None, bits=None):
     image = Image.fromarray(a)
     if palette is not None: image.putpalette(np.uint8(palette).ravel().tolist())
     (image if bits is None else image.convert('1')).save(f := io.BytesIO(), 'png')
+    return f.getvalue()
+
+def raw_png(a, bits, kind): # kind: 0 gray, 2 color; as other programs write it, and Pillow does not
+    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    if bits < 8:
+        width = np.unpackbits(np.uint8(a)[..., None], axis=2)[..., -bits:].reshape(len(a), -1)
+        rows = np.packbits(width, axis=1)
+    else: rows = a.astype('>u2').reshape(len(a), -1).view(np.uint8)
+    data = b''.join(b'\0' + row.tobytes() for row in rows)
+    head = struct.pack('>IIBBBBB', a.shape[1], a.shape[0], bits, kind, 0, 0, 0)
+    whole = chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(data)) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + whole
+
+def turned_png(a):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(a).save(f := io.BytesIO(), 'png', exif=exif)
+    return f.getvalue()
+
+def with_alpha(a, mode, palette=None):
+    image = Image.fromarray(a)
+    if palette is not None: image.putpalette(np.uint8(palette).ravel().tolist())
+    kw = dict(transparency=0) if mode == 'P' else {}
+    (image if mode == 'P' else image.convert(mode)).save(f := io.BytesIO(), 'png', **kw)
     return f.getvalue()
 
 def jpeg(a):
@@ -109,6 +135,32 @@ CASES = { # name → entry of the task, suffix, content of the file, what is ref
     'values in bytes': (HEIGHT, '.png', png(np.uint8(IDS)), 'write .npy, or state "scale"'),
     'values with a scale': (HEIGHT | dict(scale=.5, ignore=-1), '.png', png(np.uint8(IDS*80)), IDS*40.),
     'values': (HEIGHT | dict(ignore=-1), '.npy', npy(IDS*85.), IDS*85.)}
+SKY = np.where(np.arange(H)[:, None] < 5, 65535, np.uint16(METERS*1000))
+NINES = np.where(IDS == 2, np.nan, IDS)
+CASES |= { # what other programs make
+    'gray of 2 bit': (SEMSEG, '.png', raw_png(IDS, 2, 0), 'gray of 2 bit, which is stretched'),
+    'gray of 4 bit': (SEMSEG, '.png', raw_png(IDS, 4, 0), 'gray of 4 bit, which is stretched'),
+    '16 bit a color': (NORMALS, '.png', raw_png(np.uint16(colors(STEEP))*257, 16, 2), 'of which 8 would be lost'),
+    'turned by EXIF': (SALIENCY, '.png', turned_png(MASK), 'an orientation in its EXIF'),
+    'RGB with alpha': (SALIENCY, '.png', with_alpha(MASK*255, 'RGBA'), 'got RGB with transparency'),
+    'gray with alpha': (SEMSEG, '.png', with_alpha(np.uint8(IDS), 'LA'), 'got gray with transparency'),
+    'palette with alpha': (SEMSEG, '.png', with_alpha(np.uint8(IDS), 'P', voc_colors()), IDS),
+    'big-endian': (SEMSEG, '.npy', npy(IDS.astype('>i4')), IDS),
+    'column by column': (DEPTH, '.npy', npy(np.asfortranarray(METERS)), METERS),
+    'channels first': (NORMALS, '.npy', npy(np.ascontiguousarray(STEEP.transpose(2, 0, 1))), 'expected shape (8, 12, 3)'),
+    'one row too much': (SEMSEG, '.npy', npy(IDS[None]), 'expected shape (8, 12, 1), got (1, 8, 12)'),
+    'one-hot': (SEMSEG, '.npy', npy(np.eye(4)[IDS]), 'expected shape (8, 12, 1), got (8, 12, 4)'),
+    'nan is none, of classes': (SEMSEG | dict(void='nan'), '.npy', npy(NINES), np.where(IDS == 2, 255, IDS)),
+    'mostly 65535': (DEPTH, '.png', png(SKY.astype(np.uint16)), '"void": [65535]'),
+    'signed bytes': (NORMALS, '.npy', npy(np.round(STEEP*[1, -1, 1]*127).astype(np.int8)), 'expected 0 to 255'),
+    '1 bit, 255 means yes': (SALIENCY | dict(yes=255), '.png', png(MASK*255, bits=1), MASK),
+    'white, 255 means yes': (SALIENCY | dict(yes=255), '.png', png((MASK*255)[..., None].repeat(3, 2)), MASK),
+    'from 1, in VOC colors': (PLAIN | dict(first_class=1), '.png', png(np.uint8(IDS), voc_colors()),
+                              np.where(IDS == 0, 255, IDS - 1)),
+    'VOC colors of other classes': (PLAIN, '.png', png(np.uint8(IDS % 3), voc_colors()), 'which of the two counts'),
+    'empty': (SEMSEG, '.png', b'', 'not a whole PNG (0 bytes)'),
+    'empty array': (DEPTH, '.npy', b'', 'not a whole array of the size of its image (0 bytes)'),
+    'cut off': (SEMSEG, '.png', png(np.uint8(IDS))[:50], 'not a whole PNG (50 bytes)')}
 ONLY_FOLDERS = { # a task that is stated in a file of tasks alone
     '255 may be a value': (HEIGHT, '.npy', npy(IDS*85.), 'pixels are 255, which is void unless')}
 
@@ -208,6 +260,86 @@ def test_a_label_of_another_size_is_resampled_only_when_asked(tmp_path):
     with pytest.raises(ValueError, match='got 4 × 6'): prepare(folder, tmp_path/'p', progress=False)
     got = prepare(folder, tmp_path/'q', progress=False, resize=True).label('x', 'semseg')
     assert np.array_equal(got[..., 0], half.repeat(2, 0).repeat(2, 1))
+
+def test_the_cure_of_a_wrong_size_is_named_and_does_not_squeeze(tmp_path):
+    folder = came(tmp_path/'mine', SEMSEG, '.png', png(np.ascontiguousarray(np.uint8(IDS.T))))
+    fault, = check(folder, progress=False).faults
+    assert 'partal prepare --resize' in fault.what
+    with pytest.raises(ValueError, match='of another shape, so it is cropped or turned'):
+        prepare(folder, tmp_path/'p', progress=False, resize=True)
+
+@pytest.mark.parametrize('entry,why', [
+    (SEMSEG | dict(void=[1]), 'void 1: expected numbers that are no classes'),
+    (SEMSEG | dict(void=0), '"first_class": 1'),
+    (dict(name='semseg', classes=['a', 'b'], ignore=2, first_class=1), 'both void and the last class'),
+    (SALIENCY | dict(yes=255, void=255), 'that are no classes')])
+def test_a_void_that_is_stated_and_a_class(entry, why, tmp_path):
+    folder = came(tmp_path/'mine', entry, '.png', png(np.uint8(IDS % 2)))
+    assert why in check(folder, progress=False).faults[0].what
+    for door in (by_prepare, by_init, by_init_with_a_file):
+        with pytest.raises(ValueError) as e: door(folder, entry['name'], tmp_path)
+        assert why in str(e.value)
+
+def test_a_file_that_no_reader_knows_is_named_and_notes_are_not(tmp_path):
+    folder = came(tmp_path, SEMSEG, '.png', png(np.uint8(IDS)))
+    for name in ('semseg/y.hdf5', 'semseg/y.pgm', 'semseg/notes.txt', 'rgb/z.heic', 'rgb/Thumbs.db', 'semseg/.DS_Store'):
+        write_atomic(folder/name, b'?')
+    assert sorted(f.what.split('/')[-1][:6] for f in check(folder, progress=False).faults) == ['y.hdf5', 'y.pgm:', 'z.heic']
+
+def test_labels_of_no_image_stop_prepare_and_init(tmp_path):
+    folder = came(tmp_path/'mine', SEMSEG, '.png', png(np.uint8(IDS)))
+    (folder/'semseg/x.png').rename(folder/'semseg/x_mask.png')
+    for door in (by_prepare, by_init, by_init_with_a_file):
+        with pytest.raises(ValueError, match="there is no image 'x_mask'"): door(folder, 'semseg', tmp_path)
+
+def test_a_folder_with_tasks_in_toml_is_read_as_it_states(tmp_path):
+    folder = came(tmp_path/'mine', DEPTH, '.png', png(np.uint16(METERS*256)))
+    (folder/'tasks.json').unlink()
+    (folder/'tasks.toml').write_text('unit = "min"\n[[tasks]]\nname = "depth"\nscale = 0.00390625\ncost = 2\n')
+    assert check(folder, progress=False).notes[0] == 'taken for a folder with tasks.toml'
+    assert close(by_prepare(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
+    assert close(by_init(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
+
+def test_an_export_of_cvat_is_not_taken_for_voc(tmp_path):
+    for name in ('JPEGImages/x.jpg', 'SegmentationClass/x.png', 'labelmap.txt'): write_atomic(tmp_path/name, b'')
+    assert 'is in no known layout' in check(tmp_path, progress=False).faults[0].what
+
+def test_a_folder_of_ones_own_that_looks_like_nyuv2_is_looked_at_alike(tmp_path):
+    "Without a file of tasks, and refused by the same rules"
+    for name, data, why in (('depth/x.png', png(np.uint16(np.round(nothing(65.535)*1000))), '"void": [65535]'),
+                            ('normals/x.npy', npy((STEEP + 1)/2), ''),
+                            ('normals/x.png', png(colors(STEEP*[1, 1, -1])), 'most normals look away')):
+        folder = tmp_path/name.replace('/', '')
+        write_atomic(folder/'rgb/x.png', png_bytes(np.full((H, W, 3), 99, np.uint8)))
+        write_atomic(folder/name, data)
+        found = check(folder, progress=False)
+        assert found.notes[0].startswith('taken for nyuv2_folder')
+        assert found.faults and why in found.faults[0].what if why else 'left out: 1 files of normals/' in found.notes[1]
+
+def test_tell_compares_with_the_depth_beside_and_warns_of_a_unit(projects, tmp_path):
+    room = render_room(3, 48, 64)
+    entries = [NORMALS, DEPTH]
+    folder = made(tmp_path/'mine', entries, [('depth/x.png', encode_label(room['depth'], standard_task('depth')))], (48, 64))
+    p = init(folder, tmp_path/'project', folder/'tasks.json', **TINY)
+    ask(p.folder, budget=3, progress=False)
+    down = np.where(room['normals'].any(2, keepdims=True), colors(room['normals']*[1, -1, 1]), 0).astype(np.uint8)
+    write_atomic(tmp_path/'back/normals/labels/x.png', png(down))
+    write_atomic(tmp_path/'back/depth/labels/y.png', png(np.uint16(room['depth']*50)))
+    imported = tell(p.folder, 1, tmp_path/'back')
+    (task, why), = imported.refused
+    assert task == 'normals' and '"convention": "y_down"' in why
+    assert 'warning: depth: median 0.' in str(imported)
+
+def test_photographs_of_12_bit_and_arrays_of_other_shapes_are_refused(tmp_path):
+    folder = made(tmp_path, [DEPTH], [('depth/x.png', png(np.uint16(METERS*1000)))])
+    for data, why, suffix in ((png(np.uint16(IDS*1000)), '16 bit gray from 0 to 3000', '.png'),
+                              (npy(np.uint8(IDS)), 'expected shape (H, W, 3)', '.npy')):
+        (folder/'rgb/x.png').unlink(missing_ok=True)
+        write_atomic(folder/f'rgb/x{suffix}', data)
+        assert [f.what for f in check(folder, progress=False).faults if why in f.what]
+        with pytest.raises(ValueError) as e: by_prepare(folder, 'depth', tmp_path/suffix)
+        assert why in str(e.value)
+        (folder/f'rgb/x{suffix}').unlink()
 
 @pytest.mark.parametrize('ignore', [0, 3, -1, 256])
 def test_a_void_that_is_a_class_or_no_byte(ignore, tmp_path):
