@@ -27,7 +27,7 @@ from ..runs.loop import run
 from ..annotate.project import Project, ProjectFolder, open_project
 from ..annotate.ask import load_labels
 from .run import RunView, open_run_view
-from .widgets import Address, Progress, as_text, choose, line, sentence
+from .widgets import Address, Progress, as_text, choose, control, line, sentence
 from .pool import PoolExplorer
 from .entropy import EntropyExplorer
 from .selection import SelectionExplorer
@@ -43,11 +43,11 @@ def find_run(
     places = [p/given for p in (here, *here.parents)]
     return next((p for p in places if RunFolder(p).exists), places[0])
 
-# %% ../../nbs/96_explore.chooser.ipynb #b5be021c
+# %% ../../nbs/96_explore.chooser.ipynb #e4163695
 class MissingData(FileNotFoundError):
     "The data set of a run is not where it was"
 
-# %% ../../nbs/96_explore.chooser.ipynb #2afebe9b
+# %% ../../nbs/96_explore.chooser.ipynb #ecb86002
 def find_data(
     folder:RunFolder,
     data:str='', # where somebody says that it is; empty: as the run's configuration has it
@@ -62,21 +62,21 @@ def find_data(
     raise MissingData(f"the data set {given} of {folder.path} is not there; "
                       "write its folder into `data` and open again")
 
-# %% ../../nbs/96_explore.chooser.ipynb #8f006ae3
+# %% ../../nbs/96_explore.chooser.ipynb #a8f9878f
 class ProjectRounds(ProjectFolder):
     "The files of a project by the networks that it trained, the first one 0"
     def checkpoint(self, r:int, member:int=0)->Path: return super().checkpoint(self.trained()[r], member)
     def scores_file(self, r:int)->Path: return super().scores_file(self.trained()[r])
     def steps_file(self, r:int)->Path: return super().steps_file(self.trained()[r])
 
-# %% ../../nbs/96_explore.chooser.ipynb #2ca779af
+# %% ../../nbs/96_explore.chooser.ipynb #bf2640da
 class ProjectView(RunView):
     "A labeling project opened for viewing"
     def prices(self)->Prices: return open_project(self.folder.path).prices
     @property
     def note(self)->str: return f'a labeling project, {len(self.rounds)} trained networks'
 
-# %% ../../nbs/96_explore.chooser.ipynb #4b14d732
+# %% ../../nbs/96_explore.chooser.ipynb #a941bf39
 def project_labels(
     p:Project,
     events:pd.DataFrame, # of its ledger
@@ -88,7 +88,7 @@ def project_labels(
     told = events[events.kind.isin(['told', 'corrected'])].drop_duplicates(['image', 'task'], keep='first')
     return told.assign(round=np.searchsorted(seen, told.id))
 
-# %% ../../nbs/96_explore.chooser.ipynb #55832ce2
+# %% ../../nbs/96_explore.chooser.ipynb #c7da6551
 def open_project_view(
     folder, # of a labeling project
 )->ProjectView:
@@ -104,34 +104,37 @@ def open_project_view(
     config = replace(p.config, price_unit=p.prices.unit)
     return ProjectView(files, config, [dict(bought=c) for c in counts], pool, test, labels)
 
-# %% ../../nbs/96_explore.chooser.ipynb #81a2a805
+# %% ../../nbs/96_explore.chooser.ipynb #9161dc2f
 class Linked:
     "Controls whose state is in the address"
     def __init__(self, address:Address):
         self.address, self.controls = address, {}
-        address.observe(lambda change: self.follow(change['new']), 'asked')
+        address.observe(lambda change: self.follow(self.controls), 'asked')
 
     def add(self, controls:dict): # name -> control
         "From now on these controls, too; what the address has of them is chosen"
         self.controls |= controls
-        self.follow(self.address.asked)
+        self.follow(controls)
         for c in controls.values(): c.observe(self._write, 'value')
 
-    def follow(self, asked:dict): # name -> text
-        for name, c in list(self.controls.items()): # a view that is opened adds its own
+    def follow(self, controls:dict): # name -> control
+        asked = self.address.asked
+        for name, c in list(controls.items()): # a view that is opened adds its own
             if name in asked and as_text(c) != asked[name]: choose(c, asked[name])
 
     def _write(self, _):
-        self.address.chosen = self.address.asked | {name: as_text(c) for name, c in self.controls.items()}
+        state = self.address.asked | {name: as_text(c) for name, c in self.controls.items()}
+        self.address.chosen = state
+        self.address.asked = state # so that Back, which asks for an earlier one, is a change
 
-# %% ../../nbs/96_explore.chooser.ipynb #d447f04e
+# %% ../../nbs/96_explore.chooser.ipynb #6efb70c5
 VIEWS:dict[str, Callable] = dict(
     pool=PoolExplorer, image=EntropyExplorer, selection=SelectionExplorer, injection=InjectionExplorer)
 HELP = """<b>Keys</b><br>1 to 4: pool, image, selection, injection<br>Tab, Shift+Tab: next and previous control<br>
 Arrow keys: move a slider, choose in a list<br>Space, Enter: tick a box, press a button, open a thumbnail<br>
 Alt+Left: back to the view before<br>? or Esc: show or hide this help"""
 
-# %% ../../nbs/96_explore.chooser.ipynb #9cd0bd6f
+# %% ../../nbs/96_explore.chooser.ipynb #cac4a6db
 class Keys(anywidget.AnyWidget):
     "Keys that choose a view, and a help that says which there are"
     _esm = """export default {render({model, el}) {
@@ -153,7 +156,7 @@ class Keys(anywidget.AnyWidget):
     help = traitlets.Unicode(HELP).tag(sync=True)
     view = traitlets.Int(0).tag(sync=True) # from 1
 
-# %% ../../nbs/96_explore.chooser.ipynb #df80a09f
+# %% ../../nbs/96_explore.chooser.ipynb #07cbce74
 class ExplorerViews(w.VBox):
     "The views of a run, each made when it is first looked at, and their controls in the address"
     run:RunView
@@ -183,7 +186,7 @@ class ExplorerViews(w.VBox):
         self.view.value = 'image'
         self.views['image'].controls.look_at(row)
 
-# %% ../../nbs/96_explore.chooser.ipynb #1d80f205
+# %% ../../nbs/96_explore.chooser.ipynb #423de4b9
 class RunExplorer(ExplorerViews):
     "Pool, image, selection and injection of a run"
     def __init__(self, run:RunView):
@@ -204,7 +207,7 @@ class RunExplorer(ExplorerViews):
         if name not in self.views: self.make(name)
         self.body.children = [self.views[name]]
 
-# %% ../../nbs/96_explore.chooser.ipynb #cef31e4f
+# %% ../../nbs/96_explore.chooser.ipynb #b71978e9
 def open_view(
     folder,     # of a run or a labeling project
     data:str='', # where the data set of a run is now; default: where its configuration says
@@ -215,7 +218,7 @@ def open_view(
     files.check_files()
     return open_run_view(folder, data=find_data(files, data))
 
-# %% ../../nbs/96_explore.chooser.ipynb #ad83ffb9
+# %% ../../nbs/96_explore.chooser.ipynb #1299bb66
 def is_free(
     folder, # that may not exist
 )->bool:
@@ -224,12 +227,12 @@ def is_free(
     if not folder.exists(): return True
     return folder.is_dir() and (RunFolder(folder).exists or not any(folder.iterdir()))
 
-# %% ../../nbs/96_explore.chooser.ipynb #45f08404
+# %% ../../nbs/96_explore.chooser.ipynb #529e8dc4
 STYLE = """<style>
 @media (prefers-color-scheme: dark) {
   body[data-voila] { color-scheme: dark; background: #111 }
   body[data-voila], :root:has(body[data-voila]) {
-    --jp-layout-color0: #111; --jp-layout-color1: #1c1c1c; --jp-layout-color2: #333; --jp-layout-color3: #555;
+    --jp-layout-color0: #111; --jp-layout-color1: #111; --jp-layout-color2: #333; --jp-layout-color3: #555;
     --jp-layout-color4: #777; --jp-border-color0: #777; --jp-border-color1: #666; --jp-border-color2: #444;
     --jp-ui-font-color0: #fff; --jp-ui-font-color1: #ddd; --jp-ui-font-color2: #bbb; --jp-ui-font-color3: #999;
     --jp-content-font-color0: #fff; --jp-content-font-color1: #ddd; --jp-content-font-color2: #bbb }
@@ -243,9 +246,8 @@ class RunEntry(w.VBox):
     def __init__(self,
         folder='', # as in `find_run`
     ):
-        wide = w.Layout(width='640px', max_width='97vw')
-        self.path = w.Text(value=str(find_run(folder)), description='run', layout=wide)
-        self.data = w.Text(description='data', placeholder='where the data set is now', layout=wide)
+        self.path = control(w.Text, 'run', 640, 40, value=str(find_run(folder)))
+        self.data = control(w.Text, 'data', 640, 40, placeholder='where the data set is now')
         self.enter = w.Button(description='open')
         self.make = w.Button(description='make the demo run', icon='play', layout=w.Layout(width='180px'))
         self.message, self.progress = w.HTML(), Progress()
@@ -258,7 +260,7 @@ class RunEntry(w.VBox):
         self.data.layout.display = None if data else 'none'
         self.make.layout.display = None if demo else 'none'
 
-# %% ../../nbs/96_explore.chooser.ipynb #512ee593
+# %% ../../nbs/96_explore.chooser.ipynb #c1a465cb
 class RunOpener(RunEntry):
     "The path of a run, and below it its explorer or the reason why there is none"
     def __init__(self,
