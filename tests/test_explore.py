@@ -406,6 +406,42 @@ def test_a_reload_a_link_and_back_show_the_same_view(page, opened, tmp_path):
         page.go_back()
         until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title))
 
+def test_four_views_of_one_run(page, opened, tmp_path):
+    "Sorted and filtered thumbnails, a lasso on the map, an image opened from them, keys, and all of it in the address"
+    with app('all', opened.folder.path, page, tmp_path) as url:
+        page.goto(url, timeout=PATIENCE)
+        names = lambda: [i.get_attribute('alt').split()[1] for i in page.locator('button img').all()]
+        until(page, lambda: names() == list(opened.pool.images), 120)
+        choice = page.locator('.widget-dropdown', has_text='order').locator('select')
+        choice.select_option('depth, most uncertain first')
+        order = np.argsort(-opened.scores(0).raw[:, 1], kind='stable')
+        expected = [opened.pool.images[n] for n in order]
+        until(page, lambda: names() == expected)
+        page.locator('.widget-dropdown', has_text='pairs').locator('select').select_option('unlabeled')
+        some = set(np.flatnonzero(~opened.labeled(0).all(1)))
+        until(page, lambda: names() == [opened.pool.images[n] for n in order if n in some])
+        tick(page, 'map of what looks alike')
+        plot = page.locator('.js-plotly-plot').first
+        plot.locator('.scatterlayer .point').first.wait_for(timeout=PATIENCE)
+        box = plot.locator('.nsewdrag').first.bounding_box()
+        corners = [(.01, .01), (.5, .01), (.5, .99), (.01, .99), (.01, .01)]
+        at = [(box['x'] + x*box['width'], box['y'] + y*box['height']) for x, y in corners]
+        page.mouse.move(*at[0])
+        page.mouse.down()
+        for x, y in at[1:]: page.mouse.move(x, y, steps=8)
+        page.mouse.up()
+        until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
+        first = names()[0]
+        page.locator('button', has=page.locator('img')).first.press('Enter')
+        until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
+        assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
+        page.keyboard.press('?')
+        assert page.get_by_text('Arrow keys: move a slider').is_visible()
+        page.keyboard.press('3')
+        page.get_by_text('of them were bought by the run').first.wait_for(timeout=PATIENCE)
+        page.go_back()
+        until(page, lambda: page.get_by_text('enlarge').is_visible())
+
 WIDTHS = 390, 1280, 2560
 
 def test_every_width_and_both_themes(page, opened, tmp_path):

@@ -198,7 +198,7 @@ def report(
         typer.echo(write_report(runs, out, ours, baseline))
 
 # %% ../../nbs/97_commands.runs.ipynb #ff835eeb
-APPS = ('entropy', 'selection', 'injection')
+APPS = ('all', 'entropy', 'selection', 'injection')
 CULL = '--MappingKernelManager.cull_idle_timeout=60', '--MappingKernelManager.cull_interval=10' # of tabs that are gone
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002b4
@@ -219,7 +219,7 @@ def _check_port(port:int):
     with socket.socket() as s:
         if s.connect_ex(('127.0.0.1', port)) == 0: raise ValueError(f"port {port} is taken; choose another --port")
 
-# %% ../../nbs/97_commands.runs.ipynb #98422bc9
+# %% ../../nbs/97_commands.runs.ipynb #4c47cf16
 def _check_explorable(folder:Path):
     from partal_nb.annotate.project import ProjectFolder
     from partal_nb.runs.folder import RunFolder
@@ -230,7 +230,7 @@ def _check_explorable(folder:Path):
 def explore(
     run_folder:Annotated[Path, typer.Argument(
         metavar='RUN', help="A run folder, or a labeling project.")]=Path('runs/demo'),
-    name:Annotated[str, typer.Option('--app', help=f"What to look at: {', '.join(APPS)}.")]='entropy',
+    name:Annotated[str, typer.Option('--app', help=f"What to look at: {', '.join(APPS)}.")]='all',
     port:Annotated[int, typer.Option(help="Port on 127.0.0.1.")]=8866,
     plugins:Imports=None,
 ):

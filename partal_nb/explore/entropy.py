@@ -91,7 +91,7 @@ def _title(run:RunView, r:int, image:int)->str:
     note = f'injected: {", ".join(injected)}' if injected else 'nothing injected'
     return f'<b>image {short(run.pool.images[image], 30)}</b><br>{note}'
 
-# %% ../../nbs/93_explore.entropy.ipynb #071084ae
+# %% ../../nbs/93_explore.entropy.ipynb #54527ea3
 def map_levels(
     run:RunView,
     maps:dict,          # task -> (h, w) nats
@@ -154,7 +154,7 @@ def _change_cell(v:EntropyView, t:Task)->Cell:
     title = f'{t.name}, since the round before: {number(change.mean(), sign=True)} nats'
     return map_cell(change, title, 'nats', (-half, half), 'PuOr_r')
 
-# %% ../../nbs/93_explore.entropy.ipynb #30edeea1
+# %% ../../nbs/93_explore.entropy.ipynb #5685a46b
 @dataclass(frozen=True)
 class Overlay:
     "How a map lies on the photograph"
@@ -181,7 +181,7 @@ def task_cells(
     cells = [label, entropy, _change_cell(v, t)] if v.earlier else [label, entropy]
     return [overlay.on(c, v.rgb) for c in cells]
 
-# %% ../../nbs/93_explore.entropy.ipynb #2f3266ec
+# %% ../../nbs/93_explore.entropy.ipynb #8c130864
 def image_cells(v:EntropyView)->list: # photograph and bars
     "An image and its scores"
     s = v.scores
@@ -200,11 +200,11 @@ def entropy_picture(
     "Predictions and entropies of one image"
     groups = [image_cells(v), *(task_cells(v, t, overlay) for t in v.tasks)]
     n = len(groups[-1])
-    rows, width = arranged(groups, wide, (1, n, 2*n, 3*n, 4*n), 200)
+    rows, width = arranged(groups, wide, (1, n, 2*n, 3*n, 4*n), max(200, wide//8))
     shown = {name: [label] for name, label in v.labels.items()}
     return figure(rows, width, [*class_legends(shown, v.tasks, wide - 40), v.caption], 42)
 
-# %% ../../nbs/93_explore.entropy.ipynb #97c81a2a
+# %% ../../nbs/93_explore.entropy.ipynb #1999f7e7
 def zoom_to(
     m:np.ndarray, # (h, w), whose highest value is looked for
     size:tuple,   # (H, W) of the photograph
@@ -241,7 +241,7 @@ class EntropyInputs(w.VBox):
         self.estimator = control(w.Dropdown, 'estimator', 260, options=choices(run, before_last))
         self.change = tick('change since the round before')
         self.opacity = control(w.FloatSlider, 'opacity', 260, value=1, min=.1, max=1, step=.1, continuous_update=False)
-        self.above = control(w.IntSlider, 'only above percentile', 330, 140, max=99, continuous_update=False)
+        self.above = control(w.IntSlider, 'above percentile', 330, 120, max=99, continuous_update=False)
         places = [('as it is', -2), ('the whole image', -1), *((f'where {t.name} is most uncertain', k)
                   for k, t in enumerate(run.tasks))]
         self.zoom = control(w.Dropdown, 'enlarge', 300, options=places)
@@ -262,14 +262,12 @@ class EntropyControls(EntropyInputs):
     "What the inputs ask for"
     def at(self, place:int)->int: # row of the pool
         "The image at a place of the chosen order, from 1"
-        norm = self.run.scores(self.round.value).norm
-        return int(pool_order(norm, self.order.value)[place - 1])
+        return int(pool_order(self.run.scores(self.round.value).norm, self.order.value)[place - 1])
 
     def asked(self, place:int)->tuple: # as `entropy_view` takes it
         "What the controls ask for, at a place of the chosen order"
         r = self.round.value
-        change = self.change.value and r > 0
-        return self.at(place), r, self.T.value, self.estimator.value, change
+        return self.at(place), r, self.T.value, self.estimator.value, self.change.value and r > 0
 
     def overlay(self)->Overlay: return Overlay(round(self.opacity.value, 1), self.above.value)
 
@@ -306,7 +304,7 @@ class EntropyDisplay(w.VBox):
         name = self.run.pool.images[c.at(c.place.value)]
         return self.run.folder.explore(file_stem('entropy', self.run, c.round.value, c.T.value, name) + '.html')
 
-# %% ../../nbs/93_explore.entropy.ipynb #b6d8a8c1
+# %% ../../nbs/93_explore.entropy.ipynb #95918400
 class EntropyFigure(EntropyDisplay):
     "The picture is drawn, and what was asked for is enlarged"
     def show(self):

@@ -322,13 +322,11 @@ class SubsetControls(w.HBox):
         self.bar = w.IntProgress(0, 0, sets, layout=w.Layout(width='200px', visibility='hidden'))
         super().__init__([line(self.n, self.measure, self.bar)])
 
-    def busy(self, on:bool):
-        "Show the bar and switch the button off, or the other way round"
+    def busy(self, on:bool): # show the bar and switch the button off, or the other way round
         self.bar.layout.visibility = 'visible' if on else 'hidden'
         self.measure.disabled = on
 
-    def count(self, items:Iterator)->list:
-        "All items; the bar counts them"
+    def count(self, items:Iterator)->list: # all items; the bar counts them
         self.bar.value, found = 0, []
         for item in items:
             found.append(item)

@@ -170,7 +170,7 @@ def _count_traces(run:RunView, purchases:dict)->list: # two a task
         data.append(_count_bars(t, names, chosen) | dict(showlegend=False, xaxis='x2', yaxis='y2'))
     return data
 
-# %% ../../nbs/94_explore.selection.ipynb #34f819c7
+# %% ../../nbs/94_explore.selection.ipynb #e394204b
 def _count_places(wide:int)->tuple: # (left, right, bottom, top) of both charts in pixels, and the height of the figure
     if wide < 700: return (60, wide - 20, 330, 530), (60, wide - 20, 80, 260), 580
     half = (wide - 130)//2
@@ -185,15 +185,14 @@ def counts_picture(
     "Pairs of each task: by round, and by strategy"
     *places, H = _count_places(wide)
     axes, notes = {}, []
-    titles = ('<b>bought by the run</b>', 'after round'), ('<b>would be bought now</b>', '')
-    for n, (left, right, bottom, top), (text, across) in zip(('', '2'), places, titles):
+    titles = ('', 'bought by the run', 'after round'), ('2', 'would be bought now', '')
+    for (n, text, across), (left, right, bottom, top) in zip(titles, places):
         x = dict(type='category', fixedrange=True, domain=[left/wide, right/wide], anchor='y' + n)
         y = dict(domain=[bottom/H, top/H], rangemode='tozero', fixedrange=True, anchor='x' + n)
         axes[f'xaxis{n}'] = dict(x, title=axis_title(across))
         axes[f'yaxis{n}'] = dict(y, title=axis_title('pairs'))
-        notes.append(text_at(text, left/wide, (top + 8)/H))
-    beside = dict(x=1 - 120/wide, y=.85, traceorder='reversed')
-    legend = dict(x=0, y=0, orientation='h') if wide < 700 else beside
+        notes.append(text_at(f'<b>{text}</b>', left/wide, (top + 8)/H))
+    legend = dict(x=0, y=0, orientation='h') if wide < 700 else dict(x=1 - 120/wide, y=.85, traceorder='reversed')
     layout = dict(BARE, **axes, barmode='stack', annotations=notes, legend=legend, width=wide, height=H)
     return dict(data=_count_traces(run, purchases), layout=layout)
 
@@ -205,7 +204,7 @@ def next_below(run:RunView, p:Reason)->str:
     name = f'{run.names[b.task]} of {short(run.pool.images[b.image], 22)}'
     return f'next: {name}<br>score {number(b.norm)}, {"bought too" if b.bought else "not bought"}'
 
-# %% ../../nbs/94_explore.selection.ipynb #863233d0
+# %% ../../nbs/94_explore.selection.ipynb #96dfd27c
 def reason_text(run:RunView, p:Reason)->str: # HTML of at most three lines
     "Why a pair was bought"
     if run.reads_scores(): return f'score {number(p.norm)}, rank {p.rank} of {p.among}<br>{next_below(run, p)}'
@@ -269,7 +268,7 @@ def price_sliders(
                              continuous_update=False)
     return each
 
-# %% ../../nbs/94_explore.selection.ipynb #81e2229c
+# %% ../../nbs/94_explore.selection.ipynb #c184a82e
 class BudgetControls(w.HBox):
     "A budget, in pairs or in money, and the price of each label"
     def __init__(self, run:RunView):
@@ -303,13 +302,11 @@ class SelectionControls(w.VBox):
     "Round, purchases, two strategies, budget and prices"
     def __init__(self, run:RunView):
         strategy, self.money = run.config.strategy, BudgetControls(run)
-        other = 'partal' if strategy == 'random' else 'random'
-        def choose(name, options, **kw):
-            return control(w.Dropdown, name, 260, 100, options=options, **kw)
+        def choose(name, options, **kw): return control(w.Dropdown, name, 260, 100, options=options, **kw)
         self.round = choose('after round', range(int(run.since().max())))
         self.first = control(w.IntSlider, 'purchases from', 480, 120, value=1, min=1, max=1, continuous_update=False)
         self.one = choose('first strategy', offered(run), value=strategy)
-        self.two = choose('against', offered(run), value=other)
+        self.two = choose('against', offered(run), value='partal' if strategy == 'random' else 'random')
         m = self.money
         self.rows = [[self.round, self.first], [self.one, self.two], [m.unit, m.budget, m.by_price, *m.prices.values()]]
         self.named = dict(round=self.round, nth=self.first, first=self.one, against=self.two, unit=m.unit,
@@ -321,7 +318,7 @@ class SelectionControls(w.VBox):
         spending = self.money.spending()
         return {name: reselect(run, self.round.value, name, spending) for name in (self.one.value, self.two.value)}
 
-# %% ../../nbs/94_explore.selection.ipynb #ec605012
+# %% ../../nbs/94_explore.selection.ipynb #f6b2d63c
 def purchases_table(
     run:RunView,
     purchases:dict, # name -> `Purchase`
@@ -336,7 +333,7 @@ def purchases_table(
                 norm=scores.norm[n, k], raw=scores.raw[n, k], bought=(n, k) in bought))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/94_explore.selection.ipynb #e557c85b
+# %% ../../nbs/94_explore.selection.ipynb #9c843776
 class SelectionDisplay(w.VBox):
     "Controls above board, counts and purchases, and a button that saves what would be bought as a table"
     def __init__(self, run:RunView):

@@ -88,7 +88,7 @@ def tick(name:str, wide:int=250)->w.Checkbox:
     layout = w.Layout(width=f'{wide}px', margin='2px 2px 2px 20px')
     return w.Checkbox(description=name, indent=False, layout=layout)
 
-# %% ../../nbs/91_explore.widgets.ipynb #06a531a3
+# %% ../../nbs/91_explore.widgets.ipynb #5a1f42aa
 def caption(
     run:RunView,
     r:int,            # the round whose network is shown
@@ -101,7 +101,7 @@ def caption(
     name = html.escape(run.folder.path.resolve().name)
     return f'run {name} ({html.escape(run.config.strategy)}), round {r}, {ESTIMATOR_NAMES[estimator]}{passes}'
 
-# %% ../../nbs/91_explore.widgets.ipynb #d49705ca
+# %% ../../nbs/91_explore.widgets.ipynb #db433092
 def file_stem(
     kind:str,    # of the picture
     run:RunView,
@@ -121,7 +121,7 @@ def observe(
     "Call `f` whenever one of the controls moves"
     for c in chain(*rows): c.observe(f, 'value')
 
-# %% ../../nbs/91_explore.widgets.ipynb #1fec1f0f
+# %% ../../nbs/91_explore.widgets.ipynb #a91db795
 class Latest:
     "Calls a function once for many calls that come together, if a browser sends them; otherwise at once"
     def __init__(self, f:Callable):
@@ -133,7 +133,7 @@ class Latest:
         if from_browser(): self.pending = asyncio.get_running_loop().call_later(.02, self.f, *args)
         else: self.f(*args)
 
-# %% ../../nbs/91_explore.widgets.ipynb #2cc47918
+# %% ../../nbs/91_explore.widgets.ipynb #1e1f4021
 def from_browser()->bool:
     "Is it a message of a widget that is being answered, and no cell?"
     kernel = getattr(get_ipython(), 'kernel', None)
@@ -148,7 +148,7 @@ def moved_by(
     if change['owner'] is not slider: return 0
     return 1 if change['new'] > change['old'] else -1
 
-# %% ../../nbs/91_explore.widgets.ipynb #f1fae255
+# %% ../../nbs/91_explore.widgets.ipynb #2b010835
 def _filled(groups:list, n:int)->list: # rows of at most n cells
     rows:list = [[]]
     for group in groups:
@@ -158,7 +158,7 @@ def _filled(groups:list, n:int)->list: # rows of at most n cells
             rows[-1] += part
     return rows
 
-# %% ../../nbs/91_explore.widgets.ipynb #e94e5398
+# %% ../../nbs/91_explore.widgets.ipynb #8545030c
 WIDEST = 520 # pixels of a cell, however wide the screen
 
 def cell_width(
@@ -170,7 +170,7 @@ def cell_width(
     bars = sum(any(c.has_bar for c in column if c is not None) for column in columns)
     return min((wide - GAP - BAR*bars)//len(columns) - GAP, WIDEST)
 
-# %% ../../nbs/91_explore.widgets.ipynb #91e84b67
+# %% ../../nbs/91_explore.widgets.ipynb #0c50fb9b
 def arranged(
     groups:list,   # lists of cells
     wide:int,      # pixels of the figure
@@ -199,7 +199,7 @@ def _class_key(task:Task, i:int, name:str)->str: # HTML
     color = to_hex(pixel/255)
     return colored('⬤', color, html.escape(name))
 
-# %% ../../nbs/91_explore.widgets.ipynb #0859d2fe
+# %% ../../nbs/91_explore.widgets.ipynb #2e1d400a
 def in_lines(
     texts:list, # HTML
     wide:int,   # pixels
@@ -324,7 +324,7 @@ BUSY = """<style>
   animation: partal-move 1s linear infinite }
 </style><div class="partal-busy" role="progressbar" aria-label="computing"><i></i></div>"""
 
-# %% ../../nbs/91_explore.widgets.ipynb #ae81dd17
+# %% ../../nbs/91_explore.widgets.ipynb #cc8a71fa
 class Progress(w.HTML):
     "A bar that moves while something is computed inside `with`, and the last line of what is printed meanwhile"
     encoding = 'utf-8' # so that bars are drawn with blocks
@@ -345,10 +345,12 @@ class Progress(w.HTML):
 
     def flush(self): pass
 
-# %% ../../nbs/91_explore.widgets.ipynb #20ca30ce
+# %% ../../nbs/91_explore.widgets.ipynb #b3d7b99f
 class Address(anywidget.AnyWidget):
     "What is chosen, as the page's address has it"
     _esm = """export default {render({model}) {
+  model.set('met', true)
+  model.save_changes()
   if (!document.body.dataset.voila) return
   const read = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)))
   const send = () => { model.set('asked', read()); model.save_changes() }
@@ -362,14 +364,23 @@ class Address(anywidget.AnyWidget):
 }}"""
     asked = traitlets.Dict().tag(sync=True)  # name -> text, of the page
     chosen = traitlets.Dict().tag(sync=True) # name -> text, of the controls
+    met = traitlets.Bool(False).tag(sync=True) # has a page come
+    beats = traitlets.Int(0).tag(sync=True)
 
-# %% ../../nbs/91_explore.widgets.ipynb #4d3c838c
+    def wait(self):
+        "Keep the kernel busy until a page has come: Voilà keeps one ready, and ends those without a page that are idle"
+        if self.met: return
+        self.beats += 1
+        try: asyncio.get_running_loop().call_later(20, self.wait)
+        except RuntimeError: return # there is no kernel
+
+# %% ../../nbs/91_explore.widgets.ipynb #ac2c74d5
 def as_text(c:w.Widget)->str: # c: a control
     "What is chosen, as text"
     value = getattr(c, 'label', None) if isinstance(c, w.Dropdown) else c.value
     return str(int(value)) if isinstance(value, bool) else str(value)
 
-# %% ../../nbs/91_explore.widgets.ipynb #960ffe1c
+# %% ../../nbs/91_explore.widgets.ipynb #eb03a934
 def choose(
     c:w.Widget, # a control
     text:str,   # of `as_text`
