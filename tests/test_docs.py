@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -158,6 +159,17 @@ def test_planted_faults_are_found(tmp_path):
     assert list(broken(bad, tmp_path)) == [('a.html', 'b.html'), ('a.html', '#y')]
     assert foreign(bad) == [('a.html', 'https://cdn.example/x.js')]
 
+def twice(page): return [i for i, n in Counter(re.findall(r'\sid="([^"]+)"', page)).items() if n > 1]
+
+def test_every_id_is_there_once(site):
+    assert [(p.name, i) for p in sorted(site.rglob('*.html')) for i in twice(p.read_text('utf-8'))] == []
+
+def test_pages_are_light(site):
+    "Without live figures, and with all styles and scripts that a page loads, below 1 MB"
+    shared = sum(p.stat().st_size for p in (site/'site_libs').rglob('*') if p.suffix in ('.css', '.js', '.woff2'))
+    heavy = {p.name: p.stat().st_size + shared for p in site.rglob('*.html')}
+    assert {name: size for name, size in heavy.items() if size > 1_000_000} == {}
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
@@ -208,6 +220,7 @@ def test_every_page_in_a_browser(pages, browser, width, scheme):
     faults = page.faults
     for name in pages:
         page.goto(browser[1] + name, wait_until='load')
+        page.evaluate('window.drawFigures && drawFigures()') # those beyond the screen, too
         wide = page.evaluate('document.documentElement.scrollWidth')
         if wide > width + 1: faults.append((name, f'{wide} px wide on a screen of {width}'))
         if cut := page.evaluate(CUT): faults.append((name, 'cut at the edge', cut))
@@ -233,6 +246,9 @@ FOUND = [
     ('boundary_counts', 'boundaries.html#boundary_counts'), # a function
     ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
     ('how to cite', 'cite.html'), ('partal prepare', 'commands.html#partal-prepare'),
+    # questions
+    ('three seeds in parallel', 'tutorials/gpu_papermill.html'), ('convert depth png', 'tutorials/own_images.html'),
+    ('export to CVAT', 'tutorials/annotation_loop.html'), ('install', 'index.html'),
     # messages, also with one's own mistake in them
     ("device 'cuda' asked for, but PyTorch sees no GPU; use --set", 'errors.html#names-that-do-not-exist'),
     ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
@@ -247,3 +263,21 @@ def test_search_finds(browser, query, place):
     found = [a.get_attribute('href').removeprefix('./') for a in page.query_selector_all('.search-result')]
     assert any(f.startswith(place) for f in found), found
     page.close()
+
+AXE = """axe.run(document, {resultTypes: ['violations']}).then(r => r.violations
+    .filter(v => ['serious', 'critical'].includes(v.impact))
+    .map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 120)]))"""
+LOOKED_AT = ('index', 'results', 'glossary', 'commands', 'tasks', 'tutorials/first_run', 'explain/replication_results')
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_nothing_serious_for_who_uses_a_keyboard_or_a_reader(browser, scheme):
+    axe = pytest.importorskip('axe_playwright_python')
+    script = next(Path(axe.__file__).parent.rglob('axe.min.js')).read_text('utf-8')
+    page = opened(browser, 1280, scheme)
+    found = {}
+    for name in LOOKED_AT:
+        page.goto(f'{browser[1]}{name}.html', wait_until='load')
+        page.evaluate(script)
+        if faults := page.evaluate(AXE): found[name] = faults
+    page.close()
+    assert not found

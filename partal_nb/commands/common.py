@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Preset', 'Changes', 'Imports', 'Data', 'Kernel', 'QUIET_KERNEL', 'START_TIMEOUT', 'plain_errors', 'this_command',
-           'parse_change', 'parse_changes', 'templates', 'template', 'first_comment', 'injected_names', 'given_changes',
+           'parse_change', 'parse_changes', 'templates', 'template', 'purpose', 'injected_names', 'given_changes',
            'json_object', 'execute']
 
 # %% ../../nbs/79_commands.common.ipynb #a96f0003
@@ -83,7 +83,7 @@ def templates(
         if found: return found
     raise FileNotFoundError(f"no notebooks in {[str(p) for p in places]}: reinstall the package")
 
-# %% ../../nbs/79_commands.common.ipynb #841af8fe
+# %% ../../nbs/79_commands.common.ipynb #6769764f
 def template(
     name:str, # without suffix
     kind:str='runs', # as of `templates`
@@ -95,15 +95,15 @@ def template(
     hint = f"; did you mean {near[0]!r}?" if near else '.'
     raise ValueError(f"no template {name!r}{hint} There are {list(found)}")
 
-# %% ../../nbs/79_commands.common.ipynb #08cfe120
-def first_comment(
+# %% ../../nbs/79_commands.common.ipynb #f150916a
+def purpose(
     notebook:Path,
 )->str: # the sentence below its title
     "What a template is for"
     opening = ''.join(json.loads(notebook.read_text('utf-8'))['cells'][0]['source'])
     return next((line[2:] for line in opening.splitlines() if line.startswith('> ')), '')
 
-# %% ../../nbs/79_commands.common.ipynb #6e6fff6c
+# %% ../../nbs/79_commands.common.ipynb #ee8d3f3e
 def injected_names(
     cells:Iterable[str], # that were executed: IPython's `In`
 )->list[str]:
@@ -112,7 +112,7 @@ def injected_names(
     nodes = [n for tree in trees for n in tree.body if isinstance(n, ast.Assign)]
     return [target.id for n in nodes for target in n.targets if isinstance(target, ast.Name)]
 
-# %% ../../nbs/79_commands.common.ipynb #8d298347
+# %% ../../nbs/79_commands.common.ipynb #dde49e80
 def given_changes(
     names:dict,   # of the notebook: its `globals()`
     own:Iterable, # names of the template's parameters
@@ -126,7 +126,7 @@ def given_changes(
     if unknown: raise ValueError(f"unknown parameters {unknown}: expected {[*own]}, or a field of the configuration")
     return dict(changes) | fields
 
-# %% ../../nbs/79_commands.common.ipynb #90da7e47
+# %% ../../nbs/79_commands.common.ipynb #f7cdca74
 def json_object(
     text:str, # `{"lr": 0.001}`
 )->dict:
@@ -149,7 +149,7 @@ def _check_execution(source:Path, parameters:dict, kernel:str):
         raise ValueError(f"no Jupyter kernel {kernel!r}; there are {kernels}, "
                          f"and `partal kernel install --name {kernel}` makes one")
 
-# %% ../../nbs/79_commands.common.ipynb #9435bb92
+# %% ../../nbs/79_commands.common.ipynb #cecdf35e
 QUIET_KERNEL = ['--log-level=40'] # errors; it warns that it runs over TCP on this machine, as all Jupyter kernels do
 START_TIMEOUT = 300 # seconds; a busy machine, or a shared disk, takes its time to start a kernel that imports PyTorch
 

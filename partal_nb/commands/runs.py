@@ -19,8 +19,9 @@ import typer
 from ..core import write_atomic
 from ..config import RunConfig, config_table, preset
 from ..plugins import imports, load_plugins
-from .common import (
-    Changes, Data, Imports, Kernel, Preset, execute, parse_changes, plain_errors, template, this_command)
+from partal_nb.commands.common import (
+    Changes, Data, Imports, Kernel, Preset, execute, parse_changes, plain_errors, purpose, template, templates,
+    this_command)
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002ad
 def config(preset_name:Preset='demo', changes:Changes=None):
@@ -160,17 +161,20 @@ def sweep(
 # %% ../../nbs/97_commands.runs.ipynb #2fa67b41
 def notebook(
     name:Annotated[str, typer.Argument(
-        help="One of the templates in nbs/runs, without suffix, e.g. compare or hardest.")],
-    out:Annotated[Path, typer.Option(
-        help="Folder for the executed notebook; also its parameter `out`, if it has one.")],
+        help="A template, e.g. compare or hardest. Without one, all templates are listed.")]='',
+    out:Annotated[Optional[Path], typer.Option(
+        help="Folder for the executed notebook; also its parameter `out`, if it has one.")]=None,
     kernel:Kernel='',
     changes:Annotated[Optional[list[str]], typer.Option(
         '--set', help="A parameter of the notebook: name=value. Repeatable.")]=None,
     plugins:Imports=None,
 ):
-    "Execute a notebook of nbs/runs with parameters."
+    "Execute a template with parameters, or list the templates."
     os.environ['PARTAL_COMMAND'] = this_command()
     with plain_errors():
+        if not name: return [typer.echo(f'{n:14} {purpose(p)}') for n, p in templates().items()]
+        template(name) # a misspelled name is reported before a missing folder
+        if out is None: raise ValueError("expected a folder for the executed notebook: give --out FOLDER")
         load_plugins(plugins or ())
         parameters = dict(out=str(out), **parse_changes(changes, dict(out='out')))
         typer.echo(execute(name, out, parameters, kernel))

@@ -1,0 +1,61 @@
+// Search by words: guides before reference, and two of three words suffice. It stands in for the renderer's fuzzy search.
+(function () {
+  const STOP = new Set("a an and are as at be by can do does for from get how i if in is it my of on or the to what when where which with".split(" "));
+  const words = (s) => (s.toLowerCase().match(/[\p{L}\p{N}_]+/gu) || []);
+  const stem = (w) => (w.length > 4 ? w.replace(/(ing|ed|es|s)$/, "") : w);
+  const guide = (href) => /^(tutorials\/|explain\/|index|glossary|errors|commands|results)/.test(href);
+  class WordSearch {
+    constructor(entries) {
+      this.entries = entries.map((item) => {
+        const body = words(item.text).map(stem);
+        const count = new Map();
+        body.forEach((w) => count.set(w, (count.get(w) || 0) + 1));
+        return { item, count, head: new Set(words(item.title + " " + (item.section || "")).map(stem)),
+                 text: item.text.toLowerCase(), size: body.length };
+      });
+      this.seen = new Map(); // word -> entries that have it
+      for (const e of this.entries) for (const w of new Set([...e.count.keys(), ...e.head])) this.seen.set(w, (this.seen.get(w) || 0) + 1);
+    }
+    rarity(w) { return Math.log(1 + this.entries.length / (1 + (this.seen.get(w) || 0))); }
+    score(e, query, last) {
+      let score = 0, found = 0;
+      query.forEach((w, i) => {
+        let hit = e.head.has(w) ? 6 : 0;
+        const n = e.count.get(w) || 0;
+        if (n) hit += 1 + Math.log(n) / 2;
+        if (!hit && i === query.length - 1 && w === last) { // still being typed
+          if ([...e.head].some((h) => h.startsWith(w))) hit = 4;
+          else if ([...e.count.keys()].some((h) => h.startsWith(w))) hit = 0.7;
+        }
+        if (hit) { found += 1; score += hit * this.rarity(w); }
+      });
+      if (found < Math.ceil((2 * query.length) / 3)) return 0;
+      return score * (found / query.length) ** 2;
+    }
+    search(q, options) {
+      const all = words(q);
+      let query = [...new Set(all.filter((w) => w.length > 1 && !STOP.has(w)).map(stem))];
+      if (!query.length) query = all.map(stem);
+      const last = query[query.length - 1], phrase = q.toLowerCase().trim();
+      const found = [];
+      for (const e of this.entries) {
+        let score = this.score(e, query, last);
+        if (!score) continue;
+        if (phrase.length > 6 && e.text.includes(phrase)) score *= 2;
+        if (guide(e.item.href)) score *= 1.8;
+        found.push({ item: e.item, score });
+      }
+      found.sort((a, b) => b.score - a.score);
+      return found.slice(0, (options && options.limit) || 20);
+    }
+  }
+  window.Fuse = WordSearch;
+  // What scrolls sideways can be reached and scrolled with the keyboard, and shows that it scrolls.
+  const mark = () => document.querySelectorAll("main pre, main .cell-output, main .cell-output-display, main .sd-table, main .formula").forEach((e) => {
+    const scrolls = e.scrollWidth > e.clientWidth + 1 && ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
+    e.classList.toggle("scrolls", scrolls);
+    if (scrolls) { e.tabIndex = 0; e.setAttribute("role", "group"); e.setAttribute("aria-label", "scrolls sideways"); }
+  });
+  addEventListener("load", mark);
+  addEventListener("resize", mark);
+})();
