@@ -19,7 +19,7 @@ import pandas as pd
 from ..tasks import LOWER_IS_BETTER, Task
 from ..config import RunConfig, config_hash
 from ..runs.folder import RunFolder
-from ..runs.plan import Plan, planned_runs
+from ..runs.plan import StudyPlan, planned_runs
 
 # %% ../../nbs/70_reports.read.ipynb #6113c177
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def is_as_planned(
 
 # %% ../../nbs/70_reports.read.ipynb #4d0d0413
 def finished_seeds(
-    plan:Plan,
+    plan:StudyPlan,
     out,      # folder with the study's run folders
     pool:str, # one of `plan.pools`
 )->list[int]: # of which every arm is finished
@@ -304,7 +304,7 @@ def check_one_origin(
 
 # %% ../../nbs/70_reports.read.ipynb #039d5f88
 def read_planned(
-    plan:Plan,
+    plan:StudyPlan,
     out,      # folder with the study's run folders
     pool:str, # one of `plan.pools`
 )->list[RunRecord]: # of the finished seeds, `strategy` is the arm
