@@ -25,7 +25,7 @@ from ..core import derive_seed, set_seed, write_atomic, write_json
 from ..tasks import Pair, Task
 from ..pool import Picks, Pool, Scores, scores_from_rows, write_scores
 from ..select.prices import Prices, price_of
-from ..select.strategy import acquisition_of, strategy_of
+from ..select.strategy import acquisition_of, needs_to_show, strategy_of
 from ..select.budget import spend
 from ..runs.schema import AFTER
 from ..runs.ledger import Ledger
@@ -284,7 +284,7 @@ def _evaluate(p:Project, test, r:int, model)->dict: # images: task -> number; ro
 def project_acquisition(p:Project): # -> Acquisition
     "How scores and pictures of uncertainty are made; a strategy that needs none gets entropy, for the pictures"
     acquisition = acquisition_of(p.config)
-    return acquisition if acquisition.pair_needs else replace(acquisition, needs=('entropy',))
+    return acquisition if acquisition.pair_needs else replace(acquisition, needs=needs_to_show(strategy_of(p.config)))
 
 # %% ../../nbs/87_annotate.ask.ipynb #c0000201
 def _score(p:Project, arrays, r:int, model, progress:bool)->str: # the name of the file it wrote

@@ -27,8 +27,7 @@ from ..tasks import Pair
 from ..config import RunConfig, preset
 from ..pool import Pool, Scores, write_scores
 from ..data.arrays import Arrays
-from ..uncertainty.scale import normalize
-from ..select.strategy import select
+from ..select.strategy import acquisition_of, select
 from ..runs.ledger import Ledger
 from ..runs.journal import append_journal
 from ..runs.folder import RunFolder
@@ -72,7 +71,7 @@ def _score(r:BlankRun):
     pool = r.pool
     drawn = np.random.default_rng(0).random(pool.open.shape)
     raw = np.where(pool.open, drawn, np.nan)
-    norm = normalize(raw, raw, r.config.normalizer, tasks=pool.names)
+    norm = acquisition_of(r.config).normalized(raw, None, None, pool.names)
     write_scores(r.folder.scores_file(0), Scores(raw, norm), pool)
 
 # %% ../../nbs/76_dev.growth.ipynb #0da1f937

@@ -26,9 +26,8 @@ from ..pool import Context, Pool, Scores, pair_matrix
 from ..data.arrays import Arrays, unit_rgb
 from ..data.dataset import Dataset
 from ..uncertainty.acquisition import FEATURES, Acquisition, need_names
-from ..uncertainty.maps import pool_features
 from ..select.prices import Prices
-from ..select.strategy import get_strategy, pair_needs, strategy_of
+from ..select.strategy import get_strategy, needs_to_show, pair_needs, strategy_of
 from ..runs.folder import RunFolder
 from ..runs.ledger import Ledger
 from ..runs.checks import load_data, run_prices
@@ -136,7 +135,7 @@ class RunNetworks(RunLabels):
     @kept(8)
     def features(self, r:int)->np.ndarray: # (N, C)
         "Where a round's network sees the images of the pool"
-        return pool_features(self.networks(r)[0], self.pool, progress=self.progress)
+        return Acquisition((FEATURES,)).features(self.networks(r), self.pool, self.progress)
 
 # %% ../../nbs/90_explore.run.ipynb #c0000218
 class NetworkOutput(NamedTuple):
@@ -236,7 +235,7 @@ class RunStrategy(RunOutputs):
         strategy:str='', # empty: the run's own
     )->tuple[str, ...]: # names in `uncertainty.acquisition.SCORES`, the one that ranks first
         "The scores of pairs that a strategy reads; entropies for one that reads none"
-        return pair_needs(self.rule(strategy)) or ('entropy',)
+        return needs_to_show(self.rule(strategy))
 
     def context(self, r:int)->Context: # how far the run was, and what its purchases had shown
         return run_context(self.folder, self.pool_at, r)

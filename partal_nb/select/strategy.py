@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALED', 'RANKED_IMAGES', 'STRATEGIES', 'Choices', 'worth', 'pick_pairs', 'pick_images', 'strategy', 'row', 'add_row',
-           'get_strategy', 'pair_needs', 'check_needed', 'check_picks', 'select', 'strategy_of', 'acquisition_of',
-           'reads_errors', 'check_strategy']
+           'get_strategy', 'pair_needs', 'needs_to_show', 'check_needed', 'check_picks', 'select', 'strategy_of',
+           'acquisition_of', 'reads_errors', 'check_strategy']
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000112
 import sys
@@ -197,6 +197,13 @@ def pair_needs(
     "The scores of pairs that a strategy reads"
     return tuple(n for n in need_names(get_strategy(name).needs) if n != FEATURES)
 
+# %% ../../nbs/55_select.strategy.ipynb #aa2058c8
+def needs_to_show(
+    name:str|Callable, # one of `STRATEGIES`, or a strategy
+)->tuple[str, ...]: # at least one
+    "The scores of pairs that a strategy reads; entropies for one that reads none, to be shown"
+    return pair_needs(name) or ('entropy',)
+
 # %% ../../nbs/55_select.strategy.ipynb #4f2f39ea
 add_row('partal', "The pairs with the largest normalized score (PartAL, section 3)", score='entropy')
 add_row('partal_raw', "The pairs with the largest unnormalized score", score='entropy', scale='raw')
@@ -307,7 +314,7 @@ def acquisition_of(
     "What a run with this configuration scores, and how"
     f = strategy_of(config)
     needs = need_names(f.needs)
-    if config.pseudo > 0 and not pair_needs(f): needs = ('entropy', *needs)
+    if config.pseudo > 0 and not pair_needs(f): needs = (*needs_to_show(f), *needs)
     return Acquisition(needs, config.estimator, config.passes, config.inject_score, config.normalizer)
 
 # %% ../../nbs/55_select.strategy.ipynb #0bb57e03
