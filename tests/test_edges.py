@@ -1,4 +1,4 @@
-"odsF against pyEdgeEval on real photographs; its two parts, thinning and pairing, against plain versions of themselves"
+"odsF against pyEdgeEval on embedded rooms and on photographs; its two parts, thinning and pairing, against plain versions of themselves"
 import json
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edge_reference import sample
+from edge_reference import room_arguments, sample
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
@@ -15,6 +15,14 @@ from partal_nb.tasks import standard_task
 from partal_nb.metrics import meter
 
 REFERENCE = json.loads((Path(__file__).parent/'reference/edges.json').read_text())
+
+@pytest.mark.parametrize('case', REFERENCE['rooms'], ids=lambda c: f"{c['seed']}-{c['tolerance']}")
+def test_counts_of_one_room(case):
+    "Runs in a plain clone: what pyEdgeEval counted lies beside, the room is rendered"
+    got, expected = boundary_counts(*room_arguments(case)), np.array(case['counts'])
+    assert expected[1, 0] > 100 and .2 < best_f(expected)['f'] < .95, 'edges to be found, and to be missed'
+    assert abs(best_f(got)['f'] - best_f(expected)['f']) <= .001
+    assert (abs(got - expected) <= np.maximum(3, .005*expected[3])).all(), 'pairs of some threshold differ'
 
 @pytest.mark.parametrize('case', REFERENCE['cases'], ids=lambda c: f"{c['image']}-{c['annotators']}-{c['tolerance']}")
 def test_counts_of_one_photograph(shared, case):
