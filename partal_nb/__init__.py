@@ -62,5 +62,5 @@ def __getattr__(name:str)->Any:
 # %% ../nbs/69_front.ipynb #0d6ebbf4
 def __dir__(): return sorted([*globals(), *FRONT])
 
-# %% ../nbs/69_front.ipynb #bbe1d794
+# %% ../nbs/69_front.ipynb #733768f9
 sys.meta_path.append(OldNames) # asked last, for names that no file has

@@ -124,7 +124,7 @@ def cache_dir()->Path: # made if missing
     p.mkdir(parents=True, exist_ok=True)
     return p
 
-# %% ../nbs/00_core.ipynb #2f0572f9
+# %% ../nbs/00_core.ipynb #6fac9f95
 def __getattr__(name:str): # `RunConfig`, `preset`
     if name not in ('RunConfig', 'preset'): raise AttributeError(f"module 'partal_nb.core' has no attribute {name!r}")
     return getattr(import_module('partal_nb.config'), name)

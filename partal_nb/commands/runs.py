@@ -43,7 +43,9 @@ def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)
     return configs
 
 # %% ../../nbs/97_commands.runs.ipynb #a97f0006
-def _check_all(configs:dict[Path, RunConfig]): # before the first begins
+def _check_all(configs:dict[Path, RunConfig], track:Iterable[str]): # before the first begins
+    from partal_nb.runs.track import check_trackers
+    check_trackers(track)
     from partal_nb.select.strategy import get_strategy
     from partal_nb.runs.checks import check_run
     for c in configs.values(): get_strategy(c.strategy)
@@ -76,6 +78,8 @@ def run(
     changes:Changes=None,
     plugins:Imports=None,
     pictures:Annotated[bool, typer.Option(help="Show images of the data set in the executed notebook.")]=True,
+    track:Annotated[Optional[list[str]], typer.Option(
+        help="Keep the journal as a tracker's files, too, in the run folder: tensorboard, mlflow. Repeatable.")]=None,
 ):
     "Make a whole active-learning run as an executed notebook."
     with plain_errors():
@@ -85,8 +89,9 @@ def run(
         configs = _configs(preset_name, strategy, against, given, out)
         if _is_done(out, configs): typer.echo('already finished')
         else:
-            _check_all(configs)
+            _check_all(configs, track or ())
             asked = dict(preset=preset_name, against=against, data=data, changes=changed, pictures=pictures)
+            asked['track'] = track or []
             _execute_run(configs, asked, kernel)
         typer.echo(out)
 
@@ -251,7 +256,7 @@ def explore(
         env = dict(os.environ, PARTAL_RUN=str(run_folder.resolve()), PARTAL_HERE=str(Path.cwd()), JUPYTER_TOKEN=token)
         os.execve(command[0], command, env) # this process becomes the server: what ends it ends all
 
-# %% ../../nbs/97_commands.runs.ipynb #e59a90f7
+# %% ../../nbs/97_commands.runs.ipynb #46ac53d2
 def cards_seen(
     visible:str='', # value of `CUDA_VISIBLE_DEVICES`; empty: without it
 )->int:
@@ -262,7 +267,7 @@ def cards_seen(
     done = subprocess.run([sys.executable, '-c', count], env=env, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout)
 
-# %% ../../nbs/97_commands.runs.ipynb #7077e709
+# %% ../../nbs/97_commands.runs.ipynb #33797e71
 def check_card(
     cuda:str, # number of a GPU; empty: all
 )->int: # GPUs that the kernel will see; 0 where there are none at all

@@ -28,8 +28,8 @@ from ..data.arrays import Arrays
 from ..model.dropout import Dropout
 from ..model.padnet import PADNet, activate, make_model
 from ..losses import total_loss
-from ..training.trainer import make_accelerator, train_step
-from ..uncertainty.passes import dropout_layers, mc_dropout, passes
+from ..training.trainer import Trainer, make_accelerator, train_step
+from ..uncertainty.passes import dropout_layers, estimate, mc_dropout, passes
 from ..uncertainty.maps import entropy_maps, score_pool
 from .timing import compare, interleave, line
 
@@ -247,10 +247,10 @@ def _train_gpu(quick:bool)->dict:
     return compare(seconds, 'plain step', 'training step', losses_apart=(apart, 1e-3))
 
 # %% ../../nbs/75_dev.network_speed.ipynb #c6d0a8d7
-def _random_pool(N:int)->Arrays:
-    "`N` images of noise at the protocol's size, with blank labels"
-    rgb = np.random.default_rng(0).integers(0, 255, (N, 480, 640, 3), dtype=np.uint8)
-    blank = {t.name: np.zeros((N, 480, 640, t.label_channels), np.uint8) for t in NYU}
+def _random_pool(N:int, height:int=480, width:int=640)->Arrays:
+    "`N` images of noise, with blank labels"
+    rgb = np.random.default_rng(0).integers(0, 255, (N, height, width, 3), dtype=np.uint8)
+    blank = {t.name: np.zeros((N, height, width, t.label_channels), np.uint8) for t in NYU}
     ids = tuple(map(str, range(N)))
     return Arrays(ids, NYU, rgb, blank, np.ones((N, len(NYU)), bool))
 
@@ -266,7 +266,7 @@ def _score_gpu(quick:bool)->dict:
     x = _images(B, 480, 640).cuda()
     got = {}
     def alone():
-        for _ in range(N//B): deque(passes(net, x, T), 0)
+        for _ in range(N//B): deque(estimate('mc_dropout', net, x, T), 0)
     def score(batch):
         got[batch] = score_pool(net, pool, every, ~every, T, 0, batch, progress=False)
     ways = {'trunk and 10 heads alone': alone,
@@ -275,3 +275,24 @@ def _score_gpu(quick:bool)->dict:
     seconds = interleave({k: _synced(f) for k, f in ways.items()}, 1 if quick else 5)
     apart = abs(got[1] - got[B]).max()
     return compare(seconds, 'trunk and 10 heads alone', 'scoring a pool', nats_apart=(apart, .05))
+
+# %% ../../nbs/75_dev.network_speed.ipynb #e7d0394e
+def _fed(config:RunConfig, N:int, steps:int, turns:int)->dict:
+    pool = _random_pool(N, config.height, config.width)
+    trainer = Trainer(make_model(config, NYU), pool, pool.available, config, 0)
+    trainer.start()
+    first = trainer.read(0)
+    sync = torch.cuda.synchronize if trainer.device.type == 'cuda' else lambda: None
+    def go(reads):
+        for step, read in enumerate(reads):
+            trainer.backward(trainer.forward(trainer.draw(step, read)))
+            trainer.update()
+        sync()
+    ways = {'one batch': lambda: go([first]*steps), 'read batches': lambda: go(trainer.feed(range(steps)))}
+    return compare(interleave(ways, turns), 'one batch', 'read batches')
+
+# %% ../../nbs/75_dev.network_speed.ipynb #007d9f2b
+@line('feed_gpu', 'steps on one batch / steps that read theirs, protocol, 480×640, GPU', least=.95, needs=('cuda',))
+def _feed_gpu(quick:bool)->dict:
+    config = preset('nyuv2', device='cuda', pretrained=False, train_by='steps', train_for=30)
+    return _fed(config, 16 if quick else 64, 3 if quick else 30, 1 if quick else 5)

@@ -73,7 +73,7 @@ def resolved(
         threads=torch.get_num_threads(),
         tf32=cuda and ALLOW_TF32)
 
-# %% ../../nbs/34_training.trainer.ipynb #cdd2de35
+# %% ../../nbs/34_training.trainer.ipynb #f58d6a36
 def batch_norms(
     model:nn.Module,
 )->list[nn.Module]: # those whose running means have a fixed share in a step, so that nothing reads their count
@@ -81,12 +81,13 @@ def batch_norms(
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum is not None]
     return [m for m in norms if m.num_batches_tracked is not None]
 
-# %% ../../nbs/34_training.trainer.ipynb #1869fde9
+# %% ../../nbs/34_training.trainer.ipynb #2caa2c52
 @contextmanager
 def counted_together(
-    norms:list[nn.Module], # of `batch_norms`, each of them asked once, in training mode
+    norms:list[nn.Module], # of `batch_norms`, each of them asked once
 ):
     "Count a batch for all normalizations at once"
+    norms = [m for m in norms if m.training] # a frozen one does not count
     counts = [m.num_batches_tracked for m in norms]
     for m in norms: m._buffers['num_batches_tracked'] = None
     try: yield
