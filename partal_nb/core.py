@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import socket
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #058a7ec9
@@ -54,7 +55,7 @@ def write_atomic(
 ):
     "Write `data` to `path` whole or not at all"
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}.part') # a disk may have several hosts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as f:
@@ -92,9 +93,12 @@ def inside(
 # %% ../nbs/00_core.ipynb #c0000003
 def cache_dir()->Path: # made if missing
     "Where prepared data is kept: `$PARTAL_CACHE`, else `~/.cache/partal_nb`"
-    p = Path(os.environ.get('PARTAL_CACHE') or Path.home()/'.cache'/'partal_nb')
-    p.mkdir(parents=True, exist_ok=True)
-    return p
+    try:
+        path = Path(os.environ.get('PARTAL_CACHE') or Path.home()/'.cache'/'partal_nb')
+        path.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as e: # no home folder, or none to write in
+        raise OSError(f"no place for prepared data: {e}; set PARTAL_CACHE to a folder that can be written") from e
+    return path
 
 # %% ../nbs/00_core.ipynb #6c957956
 def check_from_0(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Preset', 'Changes', 'Imports', 'Data', 'Kernel', 'plain_errors', 'this_command', 'parse_change', 'parse_changes',
-           'template', 'execute']
+           'template', 'check_kernel', 'execute']
 
 # %% ../../nbs/79_commands.common.ipynb #a96f0003
 import json
@@ -81,18 +81,27 @@ def template(
     looked = [str(p) for p in places]
     raise FileNotFoundError(f"no notebook {name}.ipynb; looked in {looked}: reinstall the package")
 
+# %% ../../nbs/79_commands.common.ipynb #b2f35bfa
+def _literal(path)->str: return str(path).replace('{', '{{').replace('}', '}}') # as papermill takes it
+
+# %% ../../nbs/79_commands.common.ipynb #9b4c871a
+def check_kernel(
+    kernel:str, # a Jupyter kernel's name; empty: this very Python
+):
+    "Refuse a kernel that is not there"
+    from jupyter_client.kernelspec import find_kernel_specs
+    kernels = sorted(find_kernel_specs()) if kernel else ['']
+    if kernel in kernels: return
+    raise ValueError(f"no Jupyter kernel {kernel!r}; there are {kernels}, "
+                     f"and `partal kernel install --name {kernel}` makes one")
+
 # %% ../../nbs/79_commands.common.ipynb #a96f0010
 def _check_execution(source:Path, parameters:dict, kernel:str):
     import papermill
-    from jupyter_client.kernelspec import find_kernel_specs
-    there = papermill.inspect_notebook(str(source))
+    there = papermill.inspect_notebook(_literal(source))
     unknown = sorted(set(parameters) - set(there))
     if unknown: raise ValueError(f"{source.name} has no parameters {unknown}; there are {sorted(there)}")
-    if not kernel: return
-    kernels = sorted(find_kernel_specs())
-    if kernel not in kernels:
-        raise ValueError(f"no Jupyter kernel {kernel!r}; there are {kernels}, "
-                         f"and `partal kernel install --name {kernel}` makes one")
+    check_kernel(kernel)
 
 # %% ../../nbs/79_commands.common.ipynb #d1616ea2
 def execute(
@@ -111,7 +120,7 @@ def execute(
     done = out/f'{name}.ipynb'
     try:
         papermill.execute_notebook(
-            str(source), str(part), parameters, kernel_name=kernel or None, progress_bar=False, cwd='.',
+            _literal(source), _literal(part), parameters, kernel_name=kernel or None, progress_bar=False, cwd='.',
             stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"the notebook stopped with {e.ename}: {e.evalue}\n        all of it is in {part}") from e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunPaths', 'NetworkPaths', 'RoundPaths', 'RunMetadata', 'RunSettings', 'RunNetworks', 'RunEstimator', 'RunScores',
-           'RunFolder', 'load_run', 'is_finished']
+           'FolderInUse', 'RunFolder', 'load_run', 'is_finished']
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0003
 import json
@@ -200,6 +200,10 @@ class RunScores(RunEstimator):
                              "it is of another run, or older than the ledger")
         return found
 
+# %% ../../nbs/62_runs.folder.ipynb #72d30d49
+class FolderInUse(ValueError):
+    "Another process has the run folder"
+
 # %% ../../nbs/62_runs.folder.ipynb #a62f0036
 class RunFolder(RunScores):
     "The files of a run"
@@ -221,8 +225,8 @@ class RunFolder(RunScores):
         lock = FileLock(self.lock_file, blocking=False)
         try: lock.acquire()
         except Timeout as e:
-            raise ValueError(f"{self.path} is in use by another process; "
-                             "wait for it, or choose another --out") from e
+            raise FolderInUse(f"{self.path} is in use by another process; "
+                              "wait for it, or choose another --out") from e
         try: yield
         finally: lock.release()
 
