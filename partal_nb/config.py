@@ -103,7 +103,7 @@ class RunConfig(TrainConfig, ModelConfig, BuyConfig, DataConfig):
         _check_config(self)
 
 # %% ../nbs/04_config.ipynb #671cad99
-CHOICES = dict(
+CHOICES:dict[str, tuple] = dict(
     dropout_at=('heads', 'all'),
     train_by=('epochs', 'steps', 'presentations'),
     augment=('nyuv2', 'pascal', 'flip', 'none'),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .core import add_entry
 from .forms import get_form
 from .tasks import LOSSES, Task
 
@@ -42,7 +43,7 @@ def register_loss(
     "Register a loss under `name`; tasks accept the name from then on"
     known_forms = tuple(get_form(form) for form in forms)
     def register(f):
-        LOSS_FUNCTIONS[name] = f if any_stride else at_label_size(f)
+        add_entry(LOSS_FUNCTIONS, name, f if any_stride else at_label_size(f), 'loss')
         LOSSES[name] = known_forms
         return f
     return register

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from .core import add_entry
 from .tasks import LOWER_IS_BETTER, METRIC_NAMES, METRICS, Task
 from .boundaries import CUTS, best_f, boundary_counts, thin
 from .losses import check_shapes
@@ -210,7 +211,7 @@ def register_metric(
 )->Callable: # decorator of a `Meter`
     "Make a metric known under `name`, to tasks too"
     def register(cls):
-        METERS[name] = cls
+        add_entry(METERS, name, cls, 'metric')
         METRICS[name] = forms
         METRIC_NAMES.setdefault(name, name)
         if lower_is_better and name not in LOWER_IS_BETTER: LOWER_IS_BETTER.append(name)

@@ -23,10 +23,10 @@ def entropy(
 class Categorical:
     "Entropy of the mean over a stream of class probabilities"
     def __init__(self):
-        self.T = 0     # passes so far
-        self.p = 0     # (B, C, H, W), their sum
-        self.noise = 0 # (B, H, W), sum of their entropies
-        self.off = 0   # how far a sum of probabilities missed 1, at most
+        self.T = 0                   # passes so far
+        self.p = torch.zeros(())     # (B, C, H, W), their sum
+        self.noise = torch.zeros(()) # (B, H, W), sum of their entropies
+        self.off = torch.zeros(())   # how far a sum of probabilities missed 1, at most
 
     def add(self,
         p:Tensor, # (B, C, H, W), softmax of one pass; a (B, 1, H, W) probability of yes counts as two classes
@@ -53,9 +53,9 @@ FLOOR = 1e-6 # variance added to each axis, in the square of the value's unit
 class Gaussian:
     "Differential entropy of a Gaussian through a stream of values"
     def __init__(self):
-        self.T = 0       # passes so far
-        self.mean = 0    # (B, H, W, N)
-        self.scatter = 0 # (B, H, W, N, N), sum of outer products of deviations
+        self.T = 0                     # passes so far
+        self.mean = torch.zeros(())    # (B, H, W, N)
+        self.scatter = torch.zeros(()) # (B, H, W, N, N), sum of outer products of deviations
 
     def add(self,
         y:Tensor, # (B, N, H, W), one pass

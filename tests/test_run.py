@@ -181,7 +181,7 @@ def test_every_strategy_spends_the_same(tmp_path):
         config = replace(TINY, strategy=strategy, pool_images=12, val_images=2, dropout_at='all', train_by='epochs',
                          train_for=3, warm_start=True)
         run(config, tmp_path/strategy, progress=False)
-        check_whole(tmp_path/strategy, config, pair_acquisition(config) is not None)
+        check_whole(tmp_path/strategy, config, bool(pair_acquisition(config).needs))
         found = result(tmp_path/strategy)
         events[strategy] = found['events']
         assert [line['cost'] for line in found['journal']] == [9, 15, 21]

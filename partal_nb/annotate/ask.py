@@ -343,7 +343,7 @@ def _reason(p:Project, pool:Pool, scores:Scores, n:int, k:int)->str: # why image
     injected = [name for name, has in zip(p.names, pool.labeled[n]) if has]
     among = raw[pool.open[:, k]]
     order = int((among > raw[n]).sum()) + 1
-    text = (f"{p.config.strategy}: {project_acquisition(p).measure} {raw[n]:.3g}, "
+    text = (f"{p.config.strategy}: {project_acquisition(p).shown} {raw[n]:.3g}, "
             f"{order} of {len(among)} unlabeled {task}, "
             f"normalized {scores.norm[n, k]:.2f}")
     return f"{text}; injected: {' + '.join(injected)}" if injected and p.config.inject_score else text

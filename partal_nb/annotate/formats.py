@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAFTS', 'FORMATS', 'SENT', 'write_folder', 'write_png', 'write_npy', 'read_folder', 'read_png', 'read_npy', 'Format',
-           'check_format', 'formats_of', 'plain_format', 'choose_formats', 'detect_format', 'UnknownFormat',
-           'declared_task']
+           'check_format', 'formats_of', 'plain_format', 'choose_formats', 'annotation_format', 'detect_format',
+           'UnknownFormat', 'declared_task']
 
 # %% ../../nbs/85_annotate.formats.ipynb #c00001e0
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ..core import inside, write_atomic
+from ..core import add_entry, inside, write_atomic
 from ..tasks import Encoding, Task, make_encoding, split_entry
 from ..data.labels import LABEL_FILES, decode_label
 from .query import Answer, Query, known_image, write_common
@@ -195,6 +195,14 @@ FORMATS = {f.name: f for f in (
            _has_classes, write_cvat, read_cvat),
     Format('coco', 'COCO instances out; instances or panoptic in',
            _has_classes, write_coco, read_coco))}
+
+# %% ../../nbs/85_annotate.formats.ipynb #c6e7c588
+def annotation_format(
+    form:Format, # `name` is what `partal init --formats` calls it
+)->Format:
+    "Make a format of your own known under its name"
+    add_entry(FORMATS, form.name, form, 'format', lambda entry: entry.writer)
+    return form
 
 # %% ../../nbs/85_annotate.formats.ipynb #G8500007
 SENT = {'images', 'guess', 'uncertainty'} # folders that went out

@@ -27,7 +27,7 @@ from ..data.dataset import has_label
 from ..select.prices import Prices, learn_prices, prices_from_dict
 from ..uncertainty.acquisition import need_names
 from ..select.strategy import strategy_of
-from ..plugins import imports, load_plugins
+from ..plugins import imports, load_recorded, where_now
 from ..select.budget import check_ranking
 from ..runs.ledger import Entry, Ledger
 from ..runs.folder import RunFolder
@@ -124,7 +124,6 @@ class ProjectFolder(ProjectPaths):
             raise ValueError(f"{file}: expected the keys {list(KEYS)}; not as expected: {wrong}")
         if content['version'] != 1:
             raise ValueError(f"{file}: version {content['version']!r}, this package reads version 1: update it")
-        load_plugins(content['imports'])
         return content
 
     def trained(self)->list[int]:
@@ -223,13 +222,15 @@ def open_project(
     "The project in `folder`"
     files = ProjectFolder(folder)
     about = files.about
+    lacking = load_recorded(about['imports'])
     try:
-        plain = {k: about[k] for k in PLAIN}
-        for k in ('images', 'val', 'imports'): plain[k] = tuple(plain[k])
+        plain = {k: about[k] for k in PLAIN} | dict(imports=where_now(about['imports']))
+        for k in ('images', 'val'): plain[k] = tuple(plain[k])
         tasks = tuple(map(task_from_dict, about['tasks']))
         prices = prices_from_dict(about['prices'])
         return Project(files.path, **plain, prices=prices, tasks=tasks, config=config_from_dict(about['config']))
-    except (ValueError, TypeError) as e: raise ValueError(f"{files.about_file}: {e}") from e
+    except (ValueError, TypeError) as e:
+        raise ValueError('; '.join([f'{files.about_file}: {e}', *filter(None, [lacking])])) from e
 
 # %% ../../nbs/86_annotate.project.ipynb #d43a0928
 def open_images(

@@ -10,6 +10,7 @@ import logging
 import math
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import timm
 import torch
@@ -80,7 +81,7 @@ def _similar(name:str)->str:
 
 # %% ../../nbs/21_model.encoder.ipynb #3419a5bb
 def refuse_fixed_size(
-    net:nn.Module, # timm's feature network, which may take images of one size only
+    net:Any,       # timm's feature network, which may take images of one size only
     name:str,      # for the message
 ):
     "Try two sizes before anything is trained"
@@ -98,6 +99,12 @@ def refuse_fixed_size(
 # %% ../../nbs/21_model.encoder.ipynb #ab29c24c
 class Encoder(nn.Module):
     "A backbone's maps from stride 4 on, brought to stride 4 and mixed"
+    net:Any # timm's feature network
+    mean:Tensor
+    std:Tensor
+    stride:int # the coarsest
+    widths:tuple[int, ...]
+
     def __init__(self,
         name:str='lite0',     # one of `OFFLINE`, or any timm name whose first map has stride 4 or finer
         pretrained:bool=True, # ImageNet weights
@@ -114,8 +121,7 @@ class Encoder(nn.Module):
         mix = nn.Conv2d(self.channels, self.channels, 1, bias=False)
         self.mix = nn.Sequential(mix, nn.BatchNorm2d(self.channels), nn.ReLU(inplace=True))
         for k in ('mean', 'std'):
-            per_channel = torch.tensor(self.net.default_cfg[k]).view(1, 3, 1, 1)
-            self.register_buffer(k, per_channel, persistent=False)
+            self.register_buffer(k, torch.tensor(self.net.default_cfg[k]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self,
         x:Tensor, # (B, 3, H, W), red, green, blue in [0, 1]

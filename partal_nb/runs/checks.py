@@ -24,7 +24,7 @@ from ..core import derive_seed, pick_device, write_json
 from ..tasks import Pair, Task
 from ..config import RunConfig, config_hash
 from ..pool import Picks, Pool
-from ..plugins import imports, load_plugins
+from ..plugins import imports, load_plugins, where_now
 from ..data.dataset import Dataset
 from ..data.arrays import Arrays, load_arrays
 from ..data.walks import cluster_id
@@ -135,14 +135,15 @@ class RunData:
 
     def load(self, config:RunConfig, progress:bool=True)->tuple[Arrays, Arrays]: # of the pool and the test images
         "Images and labels at training size"
-        return tuple(load_arrays(self.dataset, ids, self.tasks, config.height, config.width, progress=progress)
-                     for ids in (self.images, self.test))
+        size = config.height, config.width
+        pool = load_arrays(self.dataset, self.images, self.tasks, *size, progress=progress)
+        return pool, load_arrays(self.dataset, self.test, self.tasks, *size, progress=progress)
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0015
 def run_data(
     config:RunConfig,     # `data`, `tasks`, split
     progress:bool=True,   # show bars
-    dataset:Dataset=None, # the data set, if it is open already
+    dataset:Dataset|None=None, # the data set, if it is open already
 )->RunData:
     "What `config` says of the data"
     if dataset is None: dataset = open_dataset(config, progress)
@@ -203,11 +204,10 @@ def budget_prices(config:RunConfig, tasks:tuple[Task, ...])->Prices|None: # None
     return prices.in_pairs() if prices.free_with or prices.cap else None
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0027
-def pair_acquisition(config:RunConfig)->Acquisition|None: # None: pairs need no score
-    "What is measured of each pair in a run"
+def pair_acquisition(config:RunConfig)->Acquisition: # without needs: pairs need no score
+    "What is scored of each pair in a run"
     acquisition = acquisition_of(config)
-    needs = acquisition.pair_needs
-    return replace(acquisition, needs=needs) if needs else None
+    return replace(acquisition, needs=acquisition.pair_needs)
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0029
 def _check_start(config:RunConfig, pool:Pool):
@@ -230,8 +230,8 @@ def _check_pairs(config:RunConfig, pool:Pool): # `pool`: at the start
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0031
 def _check_used_up(config:RunConfig, pool:Pool): # `pool`: at the start
-    if not config.rounds or not pair_acquisition(config): return
-    used_up = [name for name, left in zip(pool.names, pool.open.any(0)) if not left]
+    if not config.rounds or not pair_acquisition(config).needs: return
+    used_up = [name for name, left in zip(pool.names, np.any(pool.open, 0)) if not left]
     if not used_up: return
     origin = f'start_images={config.start_images}'
     if config.labels_from: origin = f'labels_from={config.labels_from}'
@@ -280,8 +280,8 @@ def identity(config:RunConfig, dataset:Dataset)->dict: # hash of the configurati
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0039
 def _differences(theirs:RunConfig, mine:RunConfig)->dict: # field -> their value, as JSON has it
-    theirs, mine = (json.loads(json.dumps(asdict(c))) for c in (theirs, mine))
-    return {field: value for field, value in theirs.items() if mine[field] != value}
+    there, here = (json.loads(json.dumps(asdict(c))) for c in (theirs, mine))
+    return {field: value for field, value in there.items() if here[field] != value}
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0040
 def check_folder(
@@ -307,8 +307,12 @@ def claim(
     config:RunConfig,
     data:RunData,
 ):
-    "Write `config.json`, or check that it describes this very run"
-    if check_folder(folder, config, data.dataset): return
+    "Write `config.json`, or check that it describes this very run; a plug-in that moved is recorded where it lies now"
+    if check_folder(folder, config, data.dataset):
+        about = folder.about
+        now = list(where_now(about.get('imports', ())))
+        if now != list(about.get('imports', ())): write_json(folder.about_file, about | dict(imports=now))
+        return
     about = identity(config, data.dataset)
     about |= dict(config=asdict(config), tasks=[asdict(t) for t in data.tasks], imports=list(imports()))
     write_json(folder.about_file, about | about_machine(config.device))
@@ -359,11 +363,11 @@ def check_run(
     config:RunConfig,     # all that decides the result
     folder,               # of the run
     progress:bool=True,   # show a bar if data has to be prepared
-    dataset:Dataset=None, # the data set, if it is open already
+    dataset:Dataset|None=None, # the data set, if it is open already
 )->RunData: # what was opened
     "Refuse a run that could not be finished, or not in this folder"
     folder = RunFolder(folder)
-    load_plugins(folder.about.get('imports', ()) if folder.exists else ())
+    load_plugins(where_now(folder.about.get('imports', ())) if folder.exists else ())
     _check_passes(config)
     pick_device(config.device)
     Encoder(config.encoder, pretrained=False)

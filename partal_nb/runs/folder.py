@@ -12,13 +12,14 @@ import textwrap
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable
 
 from filelock import FileLock, Timeout
 
 from ..tasks import Task, task_from_dict
 from ..config import RunConfig, config_from_dict, config_hash
 from ..pool import Pool, Scores, scores_from_rows
-from ..plugins import load_plugins
+from ..plugins import load_recorded
 from ..training.schedule import snapshot_path
 from .journal import read_journal
 
@@ -109,24 +110,24 @@ class RunMetadata(RoundPaths):
 # %% ../../nbs/62_runs.folder.ipynb #a62f0017
 class RunSettings(RunMetadata):
     "The configuration and the tasks of a run"
+    def _read(self, make:Callable, fault:str): # `make`: what `about` holds -> what is wanted
+        about = self.about
+        lacking = load_recorded(about.get('imports', ()))
+        try: return make(about)
+        except (TypeError, ValueError) as e:
+            if lacking: raise ValueError(f"{self.path}: {e}; {lacking}") from e
+            raise ValueError(f"{fault} of another version of partal_nb: {e}") from e
+
     @property
     def config(self)->RunConfig:
         "The configuration of the run; its plug-ins are imported first"
-        about = self.about
-        load_plugins(about.get('imports', ()))
-        try: return config_from_dict(about['config'])
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"{self.path} is a run of another version of partal_nb: {e}") from e
+        return self._read(lambda about: config_from_dict(about['config']), f'{self.path} is a run')
 
     @property
     def tasks(self)->tuple[Task, ...]: # K, in the run's order
         "The tasks of the run"
-        about = self.about
-        load_plugins(about.get('imports', ()))
-        try: return tuple(task_from_dict(t) for t in about['tasks'])
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"{self.path}: the tasks in its {self.about_file.name} are of "
-                             f"another version of partal_nb: {e}") from e
+        fault = f'{self.path}: the tasks in its {self.about_file.name} are'
+        return self._read(lambda about: tuple(map(task_from_dict, about['tasks'])), fault)
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0026
 class RunNetworks(RunSettings):

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from ..core import write_atomic, write_json
 
@@ -31,7 +31,7 @@ def _check_metrics(
 
 # %% ../../nbs/61_runs.journal.ipynb #c0000132
 def check_line(
-    line:object, # of the journal, as JSON gave it
+    line:Any,    # of the journal, as JSON gave it
     r:int,       # the round that comes now
     where:str,   # file and line, for messages
 )->dict: # `line`

@@ -48,7 +48,7 @@ class OpenRun:
     folder:RunFolder
     config:RunConfig
     arrays:Arrays      # N images that can be labeled, K tasks
-    test:Arrays|None   # images that metrics are measured on
+    test:Arrays        # images that metrics are measured on
     ledger:Ledger
     progress:bool=True
     hooks:tuple=()     # of training, called after the trainer's own
@@ -65,7 +65,7 @@ def open_run(
     folder,               # of the run; made if missing, resumed if it holds the same run
     progress:bool=True,   # show bars
     hooks:tuple=(),       # of training, see `training.hooks`
-    dataset:Dataset=None, # the data set, if it is open already
+    dataset:Dataset|None=None, # the data set, if it is open already
 ):  # yields an `OpenRun`
     "Open a run folder; nobody else can while it is open"
     began = time.perf_counter()
@@ -170,19 +170,20 @@ def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave a task to pre
 def _pass_counts(config:RunConfig)->tuple[int, ...]: # of dropout: half and twice as many, too, to see what they buy
     T = config.passes
     if config.estimator == 'mc_dropout': return max(2, T//2), T, 2*T
-    return (2,) if config.estimator == 'inconsistency' else (config.members,)
+    if config.estimator == 'inconsistency': return (2,)
+    return (config.members,) if config.estimator in ('masksembles', 'ensemble', 'snapshots') else (T,)
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000147
 def _quality(run:OpenRun, r:int, models:list[PADNet], T:int)->dict:
     config = run.config
     seed = derive_seed(config.seed, 'quality', r)
-    measure = acquisition_of(config).measure
-    return uncertainty_quality(models, run.test, T, seed, config.estimator, measure)
+    shown = acquisition_of(config).shown
+    return uncertainty_quality(models, run.test, T, seed, config.estimator, shown)
 
 # %% ../../nbs/64_runs.loop.ipynb #3411491e
 def _evaluate(run:OpenRun, r:int, models:list[PADNet])->dict:
     extra = run.config.extra_metrics
-    found = dict(metrics=evaluate(models[0], run.test, progress=run.progress))
+    found:dict = dict(metrics=evaluate(models[0], run.test, progress=run.progress))
     if r == 0:
         constant = Constant(run.arrays, run.ledger.labeled(0))
         found['constant'] = evaluate(constant, run.test, progress=False)
@@ -264,7 +265,7 @@ def select_round(run:OpenRun, r:int, model:PADNet|None)->list: # [image, task, s
     "What the strategy buys after round `r`"
     pool = run.pool(r)
     scores = Scores(*np.full((2, *pool.open.shape), np.nan))
-    if pair_acquisition(run.config): scores = run.folder.scores(r, pool)
+    if pair_acquisition(run.config).needs: scores = run.folder.scores(r, pool)
     features = acquisition_of(run.config).features(model, run.arrays, run.progress)
     picks = _spend_budget(run, r, replace(scores, features=features), pool)
     values = [s if np.isfinite(s) else None for s in picks.score.tolist()]
@@ -291,7 +292,7 @@ def _peak_memory(config:RunConfig)->float: # MB: the GPU's where there is one, e
 def _buy(run:OpenRun, r:int, models:list[PADNet], steps:Steps)->dict: # `bought`, and `uncertainty` if pairs were scored
     "Score, select and reveal"
     found = {}
-    if pair_acquisition(run.config):
+    if pair_acquisition(run.config).needs:
         found['uncertainty'] = steps('score', lambda: score_round(run, r, models))
     chosen = steps('select', lambda: select_round(run, r, models[0]))
     pool = run.pool(r)
@@ -311,7 +312,7 @@ def describe_purchase(run:OpenRun, r:int, errors:list)->dict: # of the journal; 
     names = run.pool(r).names
     count = {name: sum(task == name for _, task, _ in errors) for name in names}
     shares = {name: round(n/max(len(errors), 1), 4) for name, n in count.items()}
-    found = dict(bought=count, shares=shares, errors={name: _mean_error(errors, name) for name in names})
+    found:dict = dict(bought=count, shares=shares, errors={name: _mean_error(errors, name) for name in names})
     if not reads_errors(run.config): return found
     found['pair_errors'] = errors
     if run.config.normalizer != 'calibrated': return found
@@ -352,7 +353,7 @@ def run(
     folder,               # of the run
     progress:bool=True,   # show bars
     hooks:tuple=(),       # of training, see `training.hooks`
-    dataset:Dataset=None, # the data set, if it is open already
+    dataset:Dataset|None=None, # the data set, if it is open already
 )->Path: # the folder
     "Make the run, or resume it, or do nothing if it is finished"
     folder = Path(folder)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import numpy as np
-from fastcore.basics import patch
 from numpy.random import Generator
 
 from ..tasks import Task
@@ -35,7 +34,8 @@ class _Basket:
     def prices(self)->np.ndarray: # (N, K), inf where nothing is to be bought
         return for_each_state(self.tariff.single, self.labeled, self.open_set, self.new)
 
-    def can_pay(self, price)->bool: return price <= self.left + self.tiny
+    def can_pay(self, price:Any)->Any: # bool, of a number or of each of an array
+        return price <= self.left + self.tiny
 
     def add(self, n:int, got:int)->bool: # was there enough money
         before, now = (self.tariff.cost(int(self.labeled[n]), int(s)) for s in (self.new[n], got))
@@ -45,13 +45,10 @@ class _Basket:
         self.left -= price
         return True
 
-# %% ../../nbs/56_select.budget.ipynb #9f1e129e
-@patch
-def _add_pair(self:_Basket, n:int, k:int):
-    "Buy a label and what comes with it, if there is one to buy and enough money"
-    labeled, open_set, new = (int(bits[n]) for bits in (self.labeled, self.open_set, self.new))
-    if self.tariff.single(labeled, open_set, new)[k] == math.inf: return
-    self.add(n, self.tariff.gets(labeled, open_set, new | 1 << k))
+    def add_pair(self, n:int, k:int): # and what comes with it, if there is one to buy and enough money
+        labeled, open_set, new = (int(bits[n]) for bits in (self.labeled, self.open_set, self.new))
+        if self.tariff.single(labeled, open_set, new)[k] == math.inf: return
+        self.add(n, self.tariff.gets(labeled, open_set, new | 1 << k))
 
 # %% ../../nbs/56_select.budget.ipynb #5afbe7be
 def _fill(basket:_Basket, ranked:np.ndarray): # ranked: (M, 2) pairs, best first
@@ -62,7 +59,7 @@ def _fill(basket:_Basket, ranked:np.ndarray): # ranked: (M, 2) pairs, best first
         if not can.any(): return
         least = price[can].min()
         for n, k in ranked[can].tolist():
-            basket._add_pair(n, k)
+            basket.add_pair(n, k)
             if not basket.can_pay(least): break
 
 # %% ../../nbs/56_select.budget.ipynb #e73aeb36

@@ -16,6 +16,7 @@ from numpy.random import Generator
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 
+from ..core import add_entry
 from .k_center import k_center, pick_distances
 
 # %% ../../nbs/54_select.pick.ipynb #57c81002
@@ -36,6 +37,11 @@ class Lists:
         most = self.unlabeled.sum(0)
         return most if self.limit is None else np.minimum(self.limit, most)
 
+    def read(self, what:str)->np.ndarray: # `worth` or `features`
+        found = getattr(self, what)
+        if found is None: raise ValueError(f"there are no {what} to pick by; choose a score, or measure features first")
+        return found
+
 # %% ../../nbs/54_select.pick.ipynb #17a64127
 PICKS:dict[str, Any] = {} # name -> `f(lists, rng) -> (N, J)`, with `f.score` and `f.features`
 
@@ -49,7 +55,7 @@ def pick(
     def register(f):
         f.score = score
         f.features = features
-        PICKS[name] = f
+        add_entry(PICKS, name, f, 'pick')
         return f
     return register
 
@@ -65,7 +71,7 @@ def get_pick(
 @pick('top', score=True)
 def pick_top(lists:Lists, rng:Generator)->np.ndarray: # (N, J)
     "The highest scores first"
-    return lists.worth
+    return lists.read('worth')
 
 # %% ../../nbs/54_select.pick.ipynb #1cc6683a
 @pick('random', score=False)
@@ -94,7 +100,7 @@ LAST_POWER = 100. # of the ranks, in the last purchase
 def pick_power(lists:Lists, rng:Generator)->np.ndarray: # (N, J)
     "A draw by rank, with noise that fades over the rounds"
     power = LAST_POWER**lists.progress
-    rank = ranks(lists.worth, lists.unlabeled, lists.compete)
+    rank = ranks(lists.read('worth'), lists.unlabeled, lists.compete)
     count = lists.unlabeled.sum(None if lists.compete else 0)
     noise = rng.gumbel(size=rank.shape)
     return rank/np.maximum(count, 1)*np.exp(noise/power)
@@ -114,7 +120,7 @@ def _cover_list(lists:Lists, j:int)->np.ndarray: # (N,)
     covered = np.flatnonzero(lists.labeled[:, j])
     rows = np.concatenate([covered, np.flatnonzero(lists.unlabeled[:, j])])
     names = [lists.names[n] for n in rows] if len(lists.names) else ()
-    features = lists.features[rows]
+    features = lists.read('features')[rows]
     seeds = np.arange(len(covered))
     order = k_center(features, seeds, int(lists.limits[j]), names)
     gain = pick_distances(features, seeds, order)
@@ -237,7 +243,7 @@ def _herd_list(lists:Lists, j:int, rng:Generator)->np.ndarray: # (N,)
     weight = np.ones(N)
     if lists.worth is not None: weight[rows] = lifted(lists.worth[rows, j])
     seeds = np.flatnonzero(lists.labeled[:, j] & ~lists.unlabeled[:, j])
-    order, gain = herd(lists.features, seeds, rows, int(lists.limits[j]), rng, weight)
+    order, gain = herd(lists.read('features'), seeds, rows, int(lists.limits[j]), rng, weight)
     return _in_order(N, order, gain)
 
 # %% ../../nbs/54_select.pick.ipynb #47073325

@@ -8,12 +8,14 @@ __all__ = ['SCALED', 'RANKED_IMAGES', 'STRATEGIES', 'Choices', 'worth', 'pick_pa
            'reads_errors', 'check_strategy']
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000112
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import numpy as np
 from numpy.random import Generator
 
+from ..core import add_entry
 from ..pool import Context, Picks, Pool, Scores
 from ..uncertainty.acquisition import FEATURES, Acquisition, need_names
 from .top import check_budget, check_values, top_images, top_pairs
@@ -82,7 +84,7 @@ def pick_pairs(
     limit:np.ndarray|None=None, # (K,) labels of a task that will be bought at most; None: follows from the budget
 )->Picks:
     "The pairs that a row of choices buys"
-    value = worth(scores, pool, c.scale) if c.score in c.needs else None
+    value = worth(scores, pool, c.scale) if scores and c.score in c.needs else None
     lists = Lists(
         pool.open, pool.labeled, value, None if scores is None else scores.features,
         _pair_limit(c, pool, budget, context, limit), c.shares in RANKED, context.progress, pool.images)
@@ -115,11 +117,11 @@ def pick_images(
     limit:np.ndarray|None=None, # (K,) labels of a task that will be bought at most; None: follows from the budget
 )->Picks:
     "All unlabeled pairs of the images that a row of choices buys"
-    value = _image_values(c, scores, pool)[:, None] if c.score in c.needs else None
+    value = _image_values(c, scores, pool)[:, None] if scores and c.score in c.needs else None
     need = _images_for(pool, budget)
     most = need if limit is None else min(need, max(RANKED_IMAGES, int(limit.sum())))
-    unlabeled = pool.open.any(1, keepdims=True)
-    labeled = pool.labeled.any(1, keepdims=True)
+    unlabeled = np.any(pool.open, 1, keepdims=True)
+    labeled = np.any(pool.labeled, 1, keepdims=True)
     features = None if scores is None else scores.features
     lists = Lists(unlabeled, labeled, value, features, np.array([most]), True, context.progress, pool.images)
     found = get_pick(c.pick)(lists, rng)[:, 0]
@@ -141,10 +143,10 @@ def strategy(
     try: names = need_names(needs)
     except ValueError as e: raise ValueError(f"strategy {name!r}: {e}, or None") from e
     def register(f):
+        add_entry(STRATEGIES, name, f, 'strategy')
         f.needs = names if len(names) > 1 else next(iter(names), None) # None, a name, or a tuple of several
         f.strategy = name
         f.choices = None # it is no row
-        STRATEGIES[name] = f
         return f
     return register
 
@@ -174,7 +176,9 @@ def add_row(
     **choices, # fields of `Choices`
 ):
     "Register a row of choices under `name`"
-    STRATEGIES[name] = row(name, text, Choices(**choices))
+    f:Any = row(name, text, Choices(**choices))
+    f.__module__ = sys._getframe(1).f_globals['__name__'] # of whoever calls
+    add_entry(STRATEGIES, name, f, 'strategy')
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000109
 def get_strategy(
@@ -182,7 +186,8 @@ def get_strategy(
 )->Any: # `f(scores, pool, budget, rng) -> Picks`, with `f.needs` and `f.choices`
     "The strategy called `name`"
     if callable(name): return name
-    if name not in STRATEGIES: raise ValueError(f"unknown strategy {name!r}; there are {sorted(STRATEGIES)}")
+    if name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}; there are {sorted(STRATEGIES)}; --import brings one of a plug-in")
     return STRATEGIES[name]
 
 # %% ../../nbs/55_select.strategy.ipynb #c6518020
@@ -231,7 +236,8 @@ def check_needed(
     name = f.strategy
     needs = need_names(f.needs)
     if needs and scores is None: raise ValueError(f"strategy {name!r} needs scores; score the pool first")
-    if scores is not None and scores.raw.shape != pool.open.shape:
+    if scores is None: return
+    if scores.raw.shape != pool.open.shape:
         raise ValueError(f"scores are {scores.raw.shape}, the pool is {pool.open.shape}; score this pool")
     if FEATURES in needs and scores.features is None:
         raise ValueError(f"strategy {name!r} needs the images' features; pass Scores(raw, norm, features)")

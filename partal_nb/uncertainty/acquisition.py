@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'FEATURES', 'COLUMNS', 'ScoringPool', 'score', 'entropy_score', 'disagreement_score', 'inconsistency_score',
-           'loss_score', 'error_score', 'describe_needs', 'need_name', 'need_names', 'check_scores', 'Acquisition']
+           'loss_score', 'error_score', 'describe_needs', 'need_name', 'need_names', 'check_scores',
+           'AcquisitionSettings', 'PairScoring', 'ScaledScoring', 'MapsOfScores', 'Acquisition']
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #999ff8fe
 from dataclasses import dataclass
 from typing import Callable, Iterable
 
 import numpy as np
-from fastcore.basics import patch
 
+from ..core import add_entry
 from ..pool import Bought, Pool, Scores
 from .scale import NORMALIZERS, normalize
 
@@ -42,19 +43,16 @@ def score(
     if not name.isidentifier() or name in COLUMNS:
         raise ValueError(f"score {name!r}: expected a name of letters, digits and _, none of {list(COLUMNS)}")
     def register(f):
-        there = SCORES.get(name, f)
-        if (there.__module__, there.__qualname__) != (f.__module__, f.__qualname__):
-            raise ValueError(f"score {name!r} is taken by {there.__module__}.{there.__qualname__}; use another name")
+        add_entry(SCORES, name, f, 'score')
         f.finite = finite
-        SCORES[name] = f
         return f
     return register
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #8d666573
-def _mean_of_map(models, arrays, pool, T, seed, estimator:str, measure:str)->np.ndarray: # (N, K)
+def _mean_of_map(models, arrays, pool, T, seed, estimator:str, quantity:str)->np.ndarray: # (N, K)
     from partal_nb.uncertainty.maps import score_pool # heavy
     return score_pool(models, arrays, pool.open, pool.inject, T, seed, progress=pool.progress,
-                      estimator=estimator, measure=measure)
+                      estimator=estimator, quantity=quantity)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #0d079e3c
 @score('entropy')
@@ -144,8 +142,8 @@ def check_scores(
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #49e5b3e9
 @dataclass(frozen=True)
-class Acquisition:
-    "What is measured of each pair, and how"
+class AcquisitionSettings:
+    "What is scored of each pair, and how"
     needs:tuple=('entropy',)   # names in `SCORES`, or `features`
     estimator:str='mc_dropout' # one of `uncertainty.passes.ESTIMATORS`
     passes:int=10              # T, where their number is free
@@ -161,99 +159,104 @@ class Acquisition:
     def pair_needs(self)->tuple: return tuple(n for n in self.needs if n != FEATURES) # names of scores of pairs
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #180479c7
-@patch
-def raw(self:Acquisition,
-    models,             # the round's network, or those of an ensemble
-    arrays,             # the pool's `Arrays`, N images
-    pairs:np.ndarray,   # (N, K) bool, the pairs to score
-    labeled:np.ndarray, # (N, K) bool, the labels there are
-    seed:int,           # of the round's scores
-    progress:bool=True, # show a bar
-    need:str='',        # one of `pair_needs`; empty: the first
-)->np.ndarray: # (N, K), NaN where a pair is not to be scored
-    "One score of each pair, in its own unit"
-    has_unlabeled = (pairs & ~labeled).any(1, keepdims=True)
-    inject = labeled & has_unlabeled & self.inject
-    images, tasks = tuple(arrays.images), tuple(arrays.tasks)
-    seen = labeled, arrays.available, pairs, inject
-    pool = ScoringPool(images, tasks, *seen, self.estimator, progress)
-    name = need or self.pair_needs[0]
-    found = np.asarray(SCORES[name](models, arrays, pool, self.passes, seed))
-    check_scores(name, found, pool)
-    return np.where(pairs, found, np.nan)
+class PairScoring(AcquisitionSettings):
+    "A pool's pairs and one score"
+    def scoring_pool(self,
+        pool:Pool,                  # whose unlabeled pairs are scored
+        start:np.ndarray|None=None, # (N, K) bool, labeled pairs that are scored beside
+        progress:bool=True,         # show a bar
+    )->ScoringPool:
+        "The pairs to score, and the labels to inject"
+        pairs = pool.open if start is None else pool.open | start
+        inject = pool.labeled & pool.open.any(1, keepdims=True) & self.inject
+        seen = pool.labeled, pool.available, pairs, inject
+        return ScoringPool(pool.images, pool.tasks, *seen, self.estimator, progress)
 
-# %% ../../nbs/43_uncertainty.acquisition.ipynb #e4c374e2
-@patch
-def features(self:Acquisition, models, arrays, progress:bool=True)->np.ndarray|None: # (N, C); None: not needed
-    "Where the images lie in feature space"
-    if FEATURES not in self.needs: return None
-    from partal_nb.uncertainty.maps import pool_features # heavy
-    from partal_nb.uncertainty.passes import first_network
-    return pool_features(first_network(models), arrays, progress=progress)
+    def raw(self,
+        models,           # the round's network, or those of an ensemble
+        arrays,           # the pool's `Arrays`, N images
+        pool:ScoringPool,
+        seed:int,         # of the round's scores
+        need:str='',      # one of `pair_needs`; empty: the first
+    )->np.ndarray: # (N, K), NaN where a pair is not to be scored
+        "One score of each pair, in its own unit"
+        name = need or self.pair_needs[0]
+        found = np.asarray(SCORES[name](models, arrays, pool, self.passes, seed))
+        check_scores(name, found, pool)
+        return np.where(pool.open, found, np.nan)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #6495f2e8
 def _start_level(raw:np.ndarray, start:np.ndarray|None)->np.ndarray|None: # (K,), mean score of the start's pairs
     return None if start is None else np.nanmean(np.where(start, raw, np.nan), 0)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #24197dd1
-@patch
-def normalized(self:Acquisition,
-    raw:np.ndarray,          # (N, K) this round's scores, NaN where a pair is not open
-    anchor:np.ndarray|None,  # (K,) mean raw score of the start's pairs in this round
-    first:Scores|None,       # of the first round; None: this is it
-    names:tuple=(),          # of the K tasks, for messages
-    bought:tuple[Bought, ...]=(), # the purchases so far; read by the scale `calibrated`
-)->np.ndarray: # (N, K), comparable between tasks
-    "Scores on this acquisition's scale"
-    if np.isnan(raw).all(): return raw
-    if first is None: return normalize(raw, raw, self.scale, 0., names, bought)
-    if self.scale != 'anchor': return normalize(raw, first.raw, self.scale, 0., names, bought)
-    if anchor is None or first.anchor is None:
-        raise ValueError("scale 'anchor' compares the scores of the pairs labeled at the start with those of the first "
-                         "round: pass `start` in every round, and the first round's Scores with their anchor")
-    return normalize(raw, first.raw, 'anchor', anchor - first.anchor, names)
+class ScaledScoring(PairScoring):
+    "One score on a common scale, and where images lie"
+    def normalized(self,
+        raw:np.ndarray,          # (N, K) this round's scores, NaN where a pair is not open
+        anchor:np.ndarray|None,  # (K,) mean raw score of the start's pairs in this round
+        first:Scores|None,       # of the first round; None: this is it
+        names:tuple=(),          # of the K tasks, for messages
+        bought:tuple[Bought, ...]=(), # the purchases so far; read by the scale `calibrated`
+    )->np.ndarray: # (N, K), comparable between tasks
+        "Scores on this acquisition's scale"
+        if np.isnan(raw).all(): return raw
+        if first is None: return normalize(raw, raw, self.scale, 0., names, bought)
+        if self.scale != 'anchor': return normalize(raw, first.raw, self.scale, 0., names, bought)
+        if anchor is None or first.anchor is None:
+            raise ValueError("scale 'anchor' compares the scores of the pairs labeled at the start with those of the "
+                             "first round: pass `start` in every round, and the first round's Scores with their anchor")
+        return normalize(raw, first.raw, 'anchor', anchor - first.anchor, names)
 
-# %% ../../nbs/43_uncertainty.acquisition.ipynb #42fdf773
-@patch
-def scores(self:Acquisition,
-    models,                      # the round's network, or those of an ensemble
-    arrays,                      # the pool's `Arrays`, N images
-    pool:Pool,                   # whose unlabeled pairs are scored; its labels are injected
-    seed:int,                    # of the round's scores
-    start:np.ndarray|None=None,  # (N, K) bool, pairs labeled at the start, scored beside to see how the scale moves
-    first:Scores|None=None,      # of the first round; None: this is it
-    progress:bool=True,          # show a bar
-    bought:tuple[Bought, ...]=(), # the purchases so far; read by the scale `calibrated`
-)->Scores: # NaN where a pair is not open
-    "All that the needs name: scores of pairs, features"
-    features = self.features(models, arrays, progress)
-    nothing = np.full(pool.open.shape, np.nan)
-    if not self.pair_needs: return Scores(nothing, nothing, features)
-    pairs = pool.open if start is None else pool.open | start
-    found = [self.raw(models, arrays, pairs, pool.labeled, seed, progress, need) for need in self.pair_needs]
-    anchor = _start_level(found[0], start)
-    raw, *more = (np.where(pool.open, a, np.nan) for a in found)
-    norm = self.normalized(raw, anchor, first, pool.names, bought)
-    return Scores(raw, norm, features, anchor, dict(zip(self.pair_needs[1:], more)))
+    def features(self, models, arrays, progress:bool=True)->np.ndarray|None: # (N, C); None: not needed
+        "Where the images lie in feature space"
+        if FEATURES not in self.needs: return None
+        from partal_nb.uncertainty.maps import pool_features # heavy
+        from partal_nb.uncertainty.passes import first_network
+        return pool_features(first_network(models), arrays, progress=progress)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #930c30da
 _SHOWN = dict(disagreement='disagreement', inconsistency='disagreement') # what the maps of a score show
 _ASKED = dict(inconsistency='inconsistency') # scores with an estimator of their own
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #70b3fa34
-@patch(as_prop=True)
-def measure(self:Acquisition)->str: # `entropy` or `disagreement`
-    "What the maps show"
-    return _SHOWN.get(next(iter(self.pair_needs), ''), 'entropy')
+class MapsOfScores(AcquisitionSettings):
+    "What the scores are means of"
+    @property
+    def shown(self)->str: # `entropy` or `disagreement`
+        "The quantity that the maps show"
+        return _SHOWN.get(next(iter(self.pair_needs), ''), 'entropy')
 
-# %% ../../nbs/43_uncertainty.acquisition.ipynb #a488035f
-@patch
-def maps(self:Acquisition,
-    models,           # the round's network, or those of an ensemble
-    x,                # (B, 3, H, W) tensor, [0, 1]
-    inject:dict=None, # task -> labels to inject, void where unknown
-)->dict: # task -> (B, h, w) tensor
-    "How uncertain the network is at every cell, as the scores see it"
-    from partal_nb.uncertainty.maps import entropy_maps # heavy
-    estimator = _ASKED.get(next(iter(self.pair_needs), ''), self.estimator)
-    return entropy_maps(models, x, self.passes, inject, estimator, self.measure)
+    def maps(self,
+        models,                # the round's network, or those of an ensemble
+        x,                     # (B, 3, H, W) tensor, [0, 1]
+        inject:dict|None=None, # task -> labels to inject, void where unknown
+    )->dict: # task -> (B, h, w) tensor
+        "How uncertain the network is at every cell, as the scores see it"
+        from partal_nb.uncertainty.maps import entropy_maps # heavy
+        estimator = _ASKED.get(next(iter(self.pair_needs), ''), self.estimator)
+        return entropy_maps(models, x, self.passes, inject, estimator, self.shown)
+
+# %% ../../nbs/43_uncertainty.acquisition.ipynb #42fdf773
+class Acquisition(ScaledScoring, MapsOfScores):
+    "All that is scored, and how"
+    def scores(self,
+        models,                      # the round's network, or those of an ensemble
+        arrays,                      # the pool's `Arrays`, N images
+        pool:Pool,                   # whose unlabeled pairs are scored; its labels are injected
+        seed:int,                    # of the round's scores
+        start:np.ndarray|None=None,  # (N, K) bool, pairs labeled at the start, scored beside to see how the scale moves
+        first:Scores|None=None,      # of the first round; None: this is it
+        progress:bool=True,          # show a bar
+        bought:tuple[Bought, ...]=(), # the purchases so far; read by the scale `calibrated`
+    )->Scores: # NaN where a pair is not open
+        "All that the needs name: scores of pairs, features"
+        features = self.features(models, arrays, progress)
+        nothing = np.full(pool.open.shape, np.nan)
+        if not self.pair_needs: return Scores(nothing, nothing, features)
+        to_score = self.scoring_pool(pool, start, progress)
+        found = [self.raw(models, arrays, to_score, seed, need) for need in self.pair_needs]
+        anchor = _start_level(found[0], start)
+        raw, *more = (np.where(pool.open, a, np.nan) for a in found)
+        norm = self.normalized(raw, anchor, first, pool.names, bought)
+        return Scores(raw, norm, features, anchor, dict(zip(self.pair_needs[1:], more)))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core import add_entry
+from ..config import CHOICES
 from ..model.dropout import Masks
 from ..model.padnet import PADNet, arithmetic
 
@@ -121,10 +123,11 @@ def estimator(
     name:str,     # what `RunConfig.estimator` calls it
     people:str='', # what people call it; empty: `name`
 )->Callable: # decorator of `f(models, x, T, inject=None)`, which yields passes
-    "Register an estimator under `name`"
+    "Register an estimator under `name`; configurations accept it from then on"
     def register(f):
-        ESTIMATORS[name] = f
+        add_entry(ESTIMATORS, name, f, 'estimator')
         ESTIMATOR_NAMES[name] = people or name
+        if name not in CHOICES['estimator']: CHOICES['estimator'] += (name,)
         return f
     return register
 

@@ -67,12 +67,12 @@ def _batch_quality(
     labels:dict,   # task -> (B, C, H, W)
     tasks:tuple,
     seed:int,      # of the dropout
-    how:tuple,     # T, estimator, measure
+    how:tuple,     # T, estimator, quantity
 )->dict[str, tuple[Tensor, Tensor]]: # task -> error and uncertainty of every pixel, both (B, H, W)
     final = first_network(models).eval()(x).final
     set_seed(seed)
-    T, estimator, measure = how
-    maps = entropy_maps(models, x, T, None, estimator, measure)
+    T, estimator, quantity = how
+    maps = entropy_maps(models, x, T, None, estimator, quantity)
     found = {}
     for t in tasks:
         y = labels[t.name].to(x.device)
@@ -90,12 +90,12 @@ def uncertainty_quality(
     T:int,              # passes, where their number is free
     seed:int,           # of the dropout
     estimator:str='mc_dropout', # one of `uncertainty.passes.ESTIMATORS`
-    measure:str='entropy',      # one of `uncertainty.maps.MEASURES`
+    quantity:str='entropy',      # one of `uncertainty.maps.QUANTITIES`
     batch_size:int=16,  # images at a time
 )->dict[str, dict[str, float]]: # task -> `spearman` in [-1, 1], higher is better; `sparsification`, lower is better
     "Whether uncertain pairs and pixels are the wrong ones"
     device = next(first_network(models).parameters()).device
-    how = T, estimator, measure
+    how = T, estimator, quantity
     parts = []
     for i in range(0, len(arrays), batch_size):
         rgb, labels = arrays.batch(np.arange(i, min(i + batch_size, len(arrays))))
