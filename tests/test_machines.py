@@ -53,7 +53,8 @@ def test_nowhere_to_keep_data(tmp_path):
         def ask(**env):
             user = dict(user=12345, group=12345) if os.getuid() == 0 else {}
             env = dict(PYTHONPATH=str(Path(__file__).parents[1])) | env
-            return subprocess.run([sys.executable, '-c', code], env=env, cwd=place, capture_output=True, text=True, **user)
+            words = [sys.executable, '-c', code]
+            return subprocess.run(words, env=env, cwd=place, capture_output=True, text=True, **user)
         try: found = ask(HOME='/nowhere')
         except PermissionError: pytest.skip('another user may not read this Python')
         assert found.returncode == 1

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Jobs', 'On', 'Gpus', 'PerGpu', 'Partition', 'Account', 'Minutes', 'Sbatch', 'Print', 'APPS', 'config', 'run',
-           'write_table', 'slurm_options', 'sweep', 'notebook', 'strategies', 'report', 'voila_command', 'explore',
-           'kernel_install']
+           'write_table', 'slurm_options', 'sweep', 'parse_shard', 'score_beside', 'score', 'notebook', 'strategies',
+           'report', 'voila_command', 'explore', 'kernel_install']
 
 # %% ../../nbs/97_commands.runs.ipynb #a97f0003
 import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Iterable, Optional
 
@@ -202,6 +203,61 @@ def sweep(
         place = open_executor(on, out/'.submitit', jobs, choose_cards(gpus), per_gpu, **options)
         with place as executor: finished = _sweep(runs, out, tries, kernel, executor)
     if not finished: raise typer.Exit(1)
+
+# %% ../../nbs/97_commands.runs.ipynb #f28cb79d
+def parse_shard(
+    text:str, # `i/n`
+)->float: # where to begin, in [0, 1)
+    "The share of the shards that comes before the `i`-th of `n` processes"
+    i, _, n = text.partition('/')
+    if not (i.isdigit() and n.isdigit() and 0 < int(i) <= int(n)):
+        raise ValueError(f"--shard {text}: expected the process's number and how many there are, e.g. 2/3")
+    return (int(i) - 1)/int(n)
+
+# %% ../../nbs/97_commands.runs.ipynb #678f8609
+def _is_to_score(folder, r:int)->bool: # is the round's network trained, and its pool not scored?
+    if not folder.checkpoint(r).exists() or folder.scores_file(r).exists(): return False
+    return all(path.exists() for path in folder.others(r))
+
+# %% ../../nbs/97_commands.runs.ipynb #eb986f9c
+def score_beside(
+    folder,        # a `RunFolder`
+    share:float,   # of the shards that come before the first that this process scores
+)->bool: # was there a pool to score?
+    "Score shards of the round that is under way"
+    from partal_nb.core import derive_seed, pick_device
+    from partal_nb.pool import Pool
+    from partal_nb.runs.checks import run_data
+    from partal_nb.runs.ledger import Ledger
+    from partal_nb.runs.loop import shards_for
+    r, config = len(folder.journal()), folder.config
+    if not _is_to_score(folder, r): return False
+    arrays, _ = run_data(config).load(config)
+    with Ledger(folder.ledger_file, arrays.images, arrays.tasks) as ledger:
+        labeled, start = ledger.labeled(r), ledger.labeled(0)
+    acquisition = shards_for(folder, r)
+    pool = acquisition.scoring_pool(folder.candidates(r, Pool.of(arrays, labeled)), start)
+    if not acquisition.is_cut(pool):
+        raise ValueError(f"{folder.path}: nothing to share, this pool is scored at once; more than "
+                         f"{acquisition.size} images are scored in shards, by scores that look at one image at a time")
+    models = [model.to(pick_device(config.device)) for model in folder.networks(r)]
+    acquisition.fill(models, arrays, pool, derive_seed(config.seed, 'score', r), share)
+    return True
+
+# %% ../../nbs/97_commands.runs.ipynb #684eb4b9
+def score(
+    run_folder:Annotated[Path, typer.Argument(metavar='RUN', help="The folder of a run that is under way.")],
+    shard:Annotated[str, typer.Option(help="Which of how many processes this is, e.g. 2/3.")]='1/1',
+    plugins:Imports=None,
+):
+    "Take part in scoring the large pool of a run that is under way elsewhere; ends with the run."
+    from partal_nb.runs.folder import load_run
+    with plain_errors():
+        load_plugins(plugins or ())
+        folder = load_run(run_folder)
+        share = parse_shard(shard)
+        while len(folder.journal()) <= folder.config.rounds:
+            if not score_beside(folder, share): time.sleep(5)
 
 # %% ../../nbs/97_commands.runs.ipynb #2fa67b41
 def notebook(

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import __version__
 from ..core import derive_seed, pick_device, write_json
 from ..tasks import Pair, Task
 from ..config import RunConfig, config_hash
@@ -49,9 +48,10 @@ def _git(*words:str)->str: # what it prints about the folder of the package; emp
 # %% ../../nbs/63_runs.checks.ipynb #a63f0006
 def code_version()->str: # a commit, `-dirty` where files were changed; the package's version where it is installed
     "What partal_nb this is; never the commit of another repository that it happens to be installed in"
+    import partal_nb
     own = _git('ls-files', '--error-unmatch', '__init__.py')
     commit = own and _git('describe', '--always', '--dirty', '--abbrev=12')
-    return commit or f'version {__version__}'
+    return commit or f'version {partal_nb.__version__}'
 
 # %% ../../nbs/63_runs.checks.ipynb #a63f0007
 def about_machine(
