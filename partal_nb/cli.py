@@ -15,9 +15,9 @@ import typer
 
 import partal_nb
 from .plugins import load_plugins
-from .commands.common import parse_changes, plain_errors, this_command
+from .commands.common import parse_changes, plain_errors, this_command, use_utf8
 from .commands.runs import (
-    config, explore, kernel_install, notebook, report, run, strategies, sweep)
+    config, explore, kernel_install, notebook, report, run, score, strategies, sweep)
 from .commands.project import ask, check, init, log, prepare, rooms, status, tell
 
 # %% ../nbs/99_cli.ipynb #534cbfa4
@@ -48,10 +48,11 @@ def partal(
         '--version', callback=show_version, is_eager=True, help="Show the version.")]=False,
 ):
     "Partial active learning for multi-task dense vision."
+    use_utf8()
     with plain_errors(): load_plugins() # those that are installed, and those that the environment names
 
 # %% ../nbs/99_cli.ipynb #a99f0002
-for command in (config, run, sweep, notebook, strategies, report, explore): app.command()(command)
+for command in (config, run, sweep, score, notebook, strategies, report, explore): app.command()(command)
 for command in (prepare, rooms, check, init, ask, tell, status, log): app.command()(command)
 app.add_typer(kernel_app, name='kernel')
 kernel_app.command('install')(kernel_install)

@@ -43,6 +43,7 @@ class BuyConfig:
     start_by:str='random'        # start images: `random`, or by features: `k_center`, `typical`, `herding`
     start_images:int=100         # images labeled in full before the first round (NYUv2: 100, PASCAL: 1000)
     labels_from:str=''           # folder of a run whose labels this one starts from, in place of `start_images`
+    score_images:int=0           # of a huge pool: choose among so many random images a round; 0: among all
     step_pairs:int=240           # pairs bought a round: images × tasks (NYUv2: 80 × 3, PASCAL: 300 × 5)
     rounds:int=5                 # purchases; the network is trained once more after the last
     passes:int=10                # T, stochastic passes of MC dropout: five rank images as well, more make better maps
@@ -117,7 +118,8 @@ CHOICES:dict[str, tuple] = dict(
 EXTRA_METRICS = 'injection', 'quality'
 BELOW_1 = 'dropout', 'inject_prob', 'pseudo', 'ema', 'rare'
 AT_LEAST = dict(
-    seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, start_images=1, step_pairs=1, rounds=0,
+    seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, score_images=0, start_images=1,
+    step_pairs=1, rounds=0,
     features=8, passes=2, members=2, train_for=1, first_train_for=0, batch_size=2, lr=0, weight_decay=0, poly_power=0,
     step_money=0, open_price=0, label_cap=0, views=0, pool_seed=0)
 
@@ -148,6 +150,9 @@ def _check_config(c:RunConfig):
     walk = [k for k in ('views', 'rare', 'pool_seed') if getattr(c, k) and c.data != 'rooms']
     if walk: raise ValueError(f"config {walk[0]}: only the embedded rooms have it; set data to 'rooms', "
                               "or prepare such rooms with `partal rooms`")
+    if 0 < c.score_images < c.step_pairs and not c.step_money:
+        least = f'at least step_pairs={c.step_pairs}'
+        raise ValueError(f"config score_images: expected 0, or {least}, got {c.score_images}")
     repeated = [t for t in set(c.tasks) if c.tasks.count(t) > 1]
     if repeated: raise ValueError(f"config tasks: {repeated} named twice")
 
@@ -212,7 +217,7 @@ ADDED_FIELDS = dict( # and what runs without them did
     extra_metrics=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element',
     message='prediction', pseudo=0., step_money=0., per_price=False, prices=(), open_price=0., label_cap=0,
     price_unit='labels', labels_from='', score='', shares='', pick='', unit='', start_by='random',
-    first_train_for=0, ema=0., views=0., rare=0., pool_seed=0)
+    first_train_for=0, ema=0., views=0., rare=0., pool_seed=0, score_images=0)
 
 # %% ../nbs/04_config.ipynb #c0000010
 def config_hash(

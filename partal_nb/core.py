@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import socket
 import sys
 import unicodedata
 from functools import lru_cache
@@ -82,7 +83,7 @@ def write_atomic(
 ):
     "Write `data` to `path` whole or not at all"
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}.part') # a disk may have several hosts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as f:
@@ -120,9 +121,12 @@ def inside(
 # %% ../nbs/00_core.ipynb #c0000003
 def cache_dir()->Path: # made if missing
     "Where prepared data is kept: `$PARTAL_CACHE`, else `~/.cache/partal_nb`"
-    p = Path(os.environ.get('PARTAL_CACHE') or Path.home()/'.cache'/'partal_nb')
-    p.mkdir(parents=True, exist_ok=True)
-    return p
+    try:
+        path = Path(os.environ.get('PARTAL_CACHE') or Path.home()/'.cache'/'partal_nb')
+        path.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as e: # no home folder, or none to write in
+        raise OSError(f"no place for prepared data: {e}; set PARTAL_CACHE to a folder that can be written") from e
+    return path
 
 # %% ../nbs/00_core.ipynb #6fac9f95
 def __getattr__(name:str): # `RunConfig`, `preset`

@@ -81,7 +81,7 @@ class Steps:
     "Run named steps once each; their results and seconds survive an interruption"
     def __init__(self, path): # file to keep them in
         self.path = Path(path)
-        self.done = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.done = json.loads(self.path.read_text('utf-8')) if self.path.exists() else {}
 
     def __call__(self,
         name:str,      # of the step

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'FEATURES', 'RESERVED', 'ScoringPool', 'score', 'entropy_score', 'disagreement_score', 'inconsistency_score',
            'loss_score', 'error_score', 'describe_needs', 'need_name', 'need_names', 'check_scores',
-           'AcquisitionSettings', 'PairScoring', 'ScaledScoring', 'MapsOfScores', 'Acquisition']
+           'AcquisitionSettings', 'PairScoring', 'PairScores', 'ScaledScoring', 'MapsOfScores', 'Acquisition']
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #999ff8fe
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ class ScoringPool(Pool):
     inject:np.ndarray           # (N, K) bool, the labels to inject while the others are scored
     estimator:str='mc_dropout'  # one of `uncertainty.passes.ESTIMATORS`
     progress:bool=True          # show a bar
+    first:int=0                 # place of the first image to score where these are part of a larger pool
 
     @property
     def open(self)->np.ndarray: return self.pairs # (N, K) bool
@@ -38,6 +39,7 @@ RESERVED = ('image', 'task', 'raw', 'norm', FEATURES) # names that a table of sc
 def score(
     name:str,         # what a strategy's `needs` call it
     finite:bool=True, # False: a pair may lack a number
+    by_image:bool=False, # True: an image's numbers do not depend on the others', so a large pool may be cut
 )->Callable: # decorator of `f(models, arrays, pool, T, seed) -> (N, K)`
     "Register a score under `name`; the first line of its docstring describes it"
     if not name.isidentifier() or name in RESERVED:
@@ -45,6 +47,7 @@ def score(
     def register(f):
         add_entry(SCORES, name, f, 'score')
         f.finite = finite
+        f.by_image = by_image
         return f
     return register
 
@@ -52,28 +55,28 @@ def score(
 def _mean_of_map(models, arrays, pool, T, seed, estimator:str, quantity:str)->np.ndarray: # (N, K)
     from partal_nb.uncertainty.maps import score_pool # heavy
     return score_pool(models, arrays, pool.open, pool.inject, T, seed, progress=pool.progress,
-                      estimator=estimator, quantity=quantity)
+                      estimator=estimator, quantity=quantity, first=pool.first)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #0d079e3c
-@score('entropy')
+@score('entropy', by_image=True)
 def entropy_score(models, arrays, pool, T, seed)->np.ndarray: # (N, K), nats
     "the estimator's entropy of each pair"
     return _mean_of_map(models, arrays, pool, T, seed, pool.estimator, 'entropy')
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #8733de21
-@score('disagreement')
+@score('disagreement', by_image=True)
 def disagreement_score(models, arrays, pool, T, seed)->np.ndarray: # (N, K), nats, or the value's unit
     "the disagreement of the estimator's passes about each pair"
     return _mean_of_map(models, arrays, pool, T, seed, pool.estimator, 'disagreement')
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #66dc8a0a
-@score('inconsistency')
+@score('inconsistency', by_image=True)
 def inconsistency_score(models, arrays, pool, T, seed)->np.ndarray: # (N, K), nats, or the value's unit
     "first guess against final prediction of each pair, no passes"
     return _mean_of_map(models, arrays, pool, T, seed, 'inconsistency', 'disagreement')
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #411f6bcd
-@score('loss')
+@score('loss', by_image=True)
 def loss_score(models, arrays, pool, T, seed)->np.ndarray: # (N, K), the same number at all pairs of an image
     "the loss head's prediction for each image"
     from partal_nb.uncertainty.maps import predicted_losses # heavy
@@ -185,12 +188,24 @@ class PairScoring(AcquisitionSettings):
         check_scores(name, found, pool)
         return np.where(pool.open, found, np.nan)
 
+# %% ../../nbs/43_uncertainty.acquisition.ipynb #cfa9cb3e
+class PairScores(PairScoring):
+    "All scores of pairs"
+    def measured(self,
+        models, # the round's network, or those of an ensemble
+        arrays, # the pool's `Arrays`, N images
+        pool:ScoringPool,
+        seed:int, # of the round's scores
+    )->list[np.ndarray]: # (N, K) for each of `pair_needs`, NaN where a pair is not to be scored
+        "Each score of each pair, in its own unit"
+        return [self.raw(models, arrays, pool, seed, need) for need in self.pair_needs]
+
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #6495f2e8
 def _start_level(raw:np.ndarray, start:np.ndarray|None)->np.ndarray|None: # (K,), mean score of the start's pairs
     return None if start is None else np.nanmean(np.where(start, raw, np.nan), 0)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #24197dd1
-class ScaledScoring(PairScoring):
+class ScaledScoring(PairScores):
     "One score on a common scale, and where images lie"
     def normalized(self,
         raw:np.ndarray,          # (N, K) this round's scores, NaN where a pair is not open
@@ -254,8 +269,7 @@ class Acquisition(ScaledScoring, MapsOfScores):
         features = self.features(models, arrays, progress)
         nothing = np.full(pool.open.shape, np.nan)
         if not self.pair_needs: return Scores(nothing, nothing, features)
-        to_score = self.scoring_pool(pool, start, progress)
-        found = [self.raw(models, arrays, to_score, seed, need) for need in self.pair_needs]
+        found = self.measured(models, arrays, self.scoring_pool(pool, start, progress), seed)
         anchor = _start_level(found[0], start)
         raw, *more = (np.where(pool.open, a, np.nan) for a in found)
         norm = self.normalized(raw, anchor, first, pool.names, bought)

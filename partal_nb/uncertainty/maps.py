@@ -91,13 +91,14 @@ def score_pool(
     progress:bool=True,  # show a bar
     estimator:str='mc_dropout', # one of `uncertainty.passes.ESTIMATORS`
     quantity:str='entropy',      # one of `QUANTITIES`
+    first:int=0,         # place of the first image where these are part of a larger pool; decides the dropout
 )->np.ndarray: # (N, K) nats, NaN where a pair is not to be scored
     "Mean over the map of every pair to score"
     device = next(first_network(models).parameters()).device
     index = np.flatnonzero(pairs.any(1))
     means = []
     for i, (_, x, labels) in enumerate(_batches(arrays, index, inject, device, batch_size, progress)):
-        set_seed(derive_seed(seed, i*batch_size))
+        set_seed(derive_seed(seed, first + i*batch_size))
         maps = entropy_maps(models, x, T, labels, estimator, quantity)
         means.append(torch.stack([maps[t.name].mean((1, 2)) for t in arrays.tasks], 1))
     return _raw_scores(arrays, pairs, index, means)

@@ -1,0 +1,62 @@
+"Machines as they are: no git, no home folder, a locale that is not UTF-8, names of folders that are hard to spell"
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from partal_nb.core import cache_dir
+from partal_nb.runs.folder import RunFolder
+from partal_nb.runs.journal import read_journal
+
+TINY = dict(pool_images=10, test_images=4, height=48, width=64, features=8, encoder='test_efficientnet',
+            pretrained=False, start_images=3, step_pairs=6, rounds=1, train_by='steps', train_for=2, passes=2,
+            device='cpu')
+SETTINGS = [x for k, v in TINY.items() for x in ('--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}')]
+LATIN_1 = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0') # no locale is sure to be installed but this
+
+def bare(cwd, *words, **env):
+    "A command where PATH has no git and the environment hardly anything"
+    python = [sys.executable, '-m', 'partal_nb.cli']
+    env = dict(PATH=str(cwd/'bin'), PYTHONPATH=os.environ.get('PYTHONPATH', ''), OMP_NUM_THREADS='1') | env
+    return subprocess.run([*python, *words], cwd=cwd, env=env, capture_output=True, timeout=300)
+
+def test_a_bare_machine(tmp_path):
+    "A run as an executed notebook, then its report, in a folder of 500 characters with braces, spaces and umlauts"
+    deep = Path('Läufe {a} und {b:d}', *['x'*80]*4, 'Übergröße')
+    deep /= 'y'*(500 - len(str((tmp_path/deep)).encode()) - 1)
+    made = bare(tmp_path, 'run', '--out', str(deep), '--strategy', 'random', *SETTINGS, **LATIN_1,
+                PARTAL_CACHE=str(cache_dir()), HOME=str(tmp_path))
+    assert made.returncode == 0, made.stderr[-3000:]
+    folder = RunFolder(tmp_path/deep)
+    assert (folder.path/'al_run.ipynb').is_file() and len(str(folder.path).encode()) == 500
+    assert len(folder.journal()) == 2 and folder.about['commit'].startswith('version ')
+    assert 'Übergröße' in folder.about['command']
+    page = bare(tmp_path, 'report', str(deep), '--out', 'Bericht ä.html', **LATIN_1, HOME=str(tmp_path))
+    assert page.returncode == 0, page.stderr[-3000:]
+    assert '<html' in (tmp_path/'Bericht ä.html').read_text('utf-8')
+
+def test_a_sweep_of_such_a_folder(tmp_path):
+    out = tmp_path/'Läufe {a}'
+    made = bare(tmp_path, 'sweep', '--strategies', 'random', '--seeds', '0', '--out', str(out), *SETTINGS, **LATIN_1,
+                PARTAL_CACHE=str(cache_dir()), HOME=str(tmp_path))
+    assert made.returncode == 0 and len(read_journal(out/'random-0')) == 2, made.stderr[-3000:]
+
+def test_nowhere_to_keep_data(tmp_path):
+    "As with `docker run -u 12345`, where the user has no home folder: the cure is named, and works"
+    code = 'from partal_nb.core import cache_dir; print(cache_dir())'
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o777)
+        def ask(**env):
+            user = dict(user=12345, group=12345) if os.getuid() == 0 else {}
+            env = dict(PYTHONPATH=str(Path(__file__).parents[1])) | env
+            words = [sys.executable, '-c', code]
+            return subprocess.run(words, env=env, cwd=place, capture_output=True, text=True, **user)
+        try: found = ask(HOME='/nowhere')
+        except PermissionError: pytest.skip('another user may not read this Python')
+        assert found.returncode == 1
+        assert 'set PARTAL_CACHE to a folder that can be written' in found.stderr, found.stderr
+        assert ask(PARTAL_CACHE=f'{place}/cache').stdout == f'{place}/cache\n'
