@@ -1,7 +1,7 @@
 // Search by words: guides before reference, and two of three words suffice. It stands in for the renderer's fuzzy search.
 (function () {
   const STOP = new Set("a an and are as at be by can do does for from get how i if in is it my of on or the to what when where which with".split(" "));
-  const words = (s) => (s.toLowerCase().match(/[\p{L}\p{N}_]+/gu) || []);
+  const words = (s) => (s.toLowerCase().match(/[\p{L}\p{N}_±]+/gu) || []);
   const stem = (w) => (w.length > 4 ? w.replace(/(ing|ed|es|s)$/, "") : w);
   const guide = (href) => /^(tutorials\/|explain\/|index|glossary|errors|commands|results)/.test(href);
   class WordSearch {
@@ -34,7 +34,7 @@
     }
     search(q, options) {
       const all = words(q);
-      let query = [...new Set(all.filter((w) => w.length > 1 && !STOP.has(w)).map(stem))];
+      let query = [...new Set(all.filter((w) => (w.length > 1 || w === "±") && !STOP.has(w)).map(stem))];
       if (!query.length) query = all.map(stem);
       const last = query[query.length - 1], phrase = q.toLowerCase().trim();
       const found = [];

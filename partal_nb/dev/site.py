@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECADES', 'PAGES', 'BOXES', 'TURN', 'READ', 'COMPLETION', 'RENDERERS', 'notebooks', 'modules', 'sentence',
-           'notebook_list', 'with_list', 'placed', 'imports', 'flow', 'command_help', 'home', 'sidebar', 'generated',
-           'build']
+           'notebook_list', 'with_list', 'placed', 'imports', 'flow', 'command_help', 'template_help', 'home',
+           'sidebar', 'generated', 'build']
 
 # %% ../../nbs/09_dev.site.ipynb #c00002a9
 import ast
@@ -224,6 +224,22 @@ def command_help(
     table = options_table(('argument or option', 'type', 'default', 'what it is'), rows)
     return '\n\n'.join([f'## {path}', getdoc(command.callback), table]).strip() + '\n'
 
+# %% ../../nbs/09_dev.site.ipynb #528ef725
+def template_help(
+    notebook:Path, # a template
+)->str: # markdown
+    "What a template is for, and its parameters"
+    cells = json.loads(notebook.read_text('utf-8'))['cells']
+    own = next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', []))
+    rows, above = [], ''
+    for line in map(str.strip, own):
+        name, given, rest = line.partition(' = ')
+        default, _, comment = rest.partition(' # ')
+        if given: rows.append((f'`{name}`', f'`{table_cell(default)}`', table_cell(comment or above)))
+        above = line.removeprefix('# ')
+    table = options_table(('parameter', 'default', 'what it is'), rows)
+    return f'### template {notebook.stem}\n\n{sentence(notebook)}.\n\n{table}\n'
+
 # %% ../../nbs/09_dev.site.ipynb #79c2d28f
 def _front(title:str, text:str, source:str)->str:
     description = f'description: {text}\n' if text else ''
@@ -279,7 +295,7 @@ def sidebar(
     contents = ['index.qmd', 'results.ipynb', 'glossary.ipynb', 'errors.ipynb', *sections, 'cite.qmd']
     return dict(website=dict(sidebar=dict(contents=contents)))
 
-# %% ../../nbs/09_dev.site.ipynb #932592cb
+# %% ../../nbs/09_dev.site.ipynb #5fbf5a84
 COMPLETION = ('`partal --help` and `partal run -h` say the same in a terminal. `partal --install-completion` teaches '
               'the shell to complete commands and options, `partal --version` shows the version.')
 
@@ -295,6 +311,8 @@ def generated(
     commands = _front('Commands', 'Every command of `partal`, with its arguments, options and exit codes', '99_cli')
     codes = options_table(('exit code', 'what it means'), [(str(k), v) for k, v in cli.EXIT_CODES.items()])
     commands += f'\n{COMPLETION}\n\n{codes}\n'
+    about = [template_help(p) for p in sorted((cfg.nbs_path/'runs').glob('*.ipynb'))]
+    templates = '\n'.join(['## Templates {#templates}\n\nFor `partal notebook` and papermill.\n', *about])
     git = f'{cfg.git_url}/blob/{cfg.branch}'
     readme = (cfg.config_path/'README.md').read_text('utf-8')
     contributing = (cfg.config_path/'CONTRIBUTING.md').read_text('utf-8')
@@ -302,7 +320,7 @@ def generated(
         '../CONTRIBUTING.md': with_list(contributing, cfg.nbs_path),
         'index.qmd': home(readme, git),
         'cite.qmd': home(readme, git, 'Cite', 'The paper and this package, as BibTeX'),
-        'commands.qmd': f"{commands}\n{command_help(app, 'partal')}",
+        'commands.qmd': f"{commands}\n{command_help(app, 'partal')}\n{templates}",
         'images/flow.svg': flow(placed(modules(cfg.nbs_path))),
         'sidebar.yml': yaml.safe_dump(sidebar(cfg.nbs_path), sort_keys=False)}
 
