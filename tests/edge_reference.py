@@ -1,4 +1,4 @@
-"""What pyEdgeEval counts on embedded rooms and on samples of BSDS, for `test_edges.py`, and its time beside `boundary_counts`.
+"""What pyEdgeEval counts on embedded rooms and on samples of BSDS, for `test_edges.py`, and its time beside ours.
 
     pip install pyEdgeEval==0.2.8 opencv-python-headless scikit-image
     python tests/edge_reference.py SAMPLES/bsds500_val60 tests/reference/edges.json

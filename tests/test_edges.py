@@ -1,4 +1,4 @@
-"odsF against pyEdgeEval on embedded rooms and on photographs; its two parts, thinning and pairing, against plain versions of themselves"
+"odsF against pyEdgeEval on embedded rooms and on photographs; thinning and pairing against plain versions"
 import json
 import time
 from pathlib import Path

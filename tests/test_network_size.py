@@ -1,4 +1,4 @@
-"How large the network is beside the survey's: parameters, and multiplications of its convolutions, without computing one"
+"How large the network is beside the survey's: parameters, and multiply-adds of its convolutions, counted by shapes"
 import pytest
 import torch
 from torch import nn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['photo_tensor', 'label_tensor', 'evaluate_own_size']
 
-# %% ../../nbs/36_training.own_size.ipynb #5cf98e16
+# %% ../../nbs/36_training.own_size.ipynb #edf6109b
 from typing import Iterable
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..data.dataset import Dataset, has_label
 from ..model.padnet import PADNet, arithmetic
 from ..metrics import meter
 
-# %% ../../nbs/36_training.own_size.ipynb #ad01a091
+# %% ../../nbs/36_training.own_size.ipynb #e2af4c99
 def photo_tensor(
     dataset:Dataset, # whose photograph it is
     image:str,       # its id
@@ -29,7 +29,7 @@ def photo_tensor(
     rgb = resize_rgb(dataset.rgb(image), height, width)
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
 
-# %% ../../nbs/36_training.own_size.ipynb #f653adab
+# %% ../../nbs/36_training.own_size.ipynb #79de46f4
 def label_tensor(
     dataset:Dataset, # whose label it is
     image:str,       # its id
@@ -40,7 +40,7 @@ def label_tensor(
     label = np.moveaxis(dataset.label(image, task), 2, 0)
     return torch.from_numpy(label.copy())[None].to(getattr(torch, form.tensor))
 
-# %% ../../nbs/36_training.own_size.ipynb #ed0af9b4
+# %% ../../nbs/36_training.own_size.ipynb #80eb6ee8
 @torch.no_grad()
 def evaluate_own_size(
     model:PADNet,         # trained network
