@@ -7,7 +7,7 @@ __all__ = ['MARK', 'PAGE', 'GRID', 'PLAIN', 'round_colors', 'BoardColors', 'boar
            'has_class', 'thumbnail', 'badges', 'Thumbnails', 'tile', 'two_components', 'pool_map', 'PoolControls',
            'pair_states', 'PoolRows', 'PoolDisplay', 'PoolExplorer']
 
-# %% ../../nbs/92_explore.pool.ipynb #99cc5cbc
+# %% ../../nbs/92_explore.pool.ipynb #685ff3fa
 import base64
 import io
 
@@ -22,7 +22,7 @@ from .run import RunView, kept
 from .figure import APART, GAP, LINE, TOP, colorscale, plain_figure
 from .widgets import Latest, Progress, control, in_lines, line, observe, sentence, tick
 
-# %% ../../nbs/92_explore.pool.ipynb #1720f08c
+# %% ../../nbs/92_explore.pool.ipynb #712821ad
 def round_colors(rounds:int)->list[str]: # unlabeled, start, and one for each purchase
     "Colors of unlabeled pairs, start labels and each purchase"
     viridis = [color for _, color in colorscale('viridis')]
@@ -30,7 +30,7 @@ def round_colors(rounds:int)->list[str]: # unlabeled, start, and one for each pu
     bought = [viridis[round(8 + 24*i/steps)] for i in range(rounds)]
     return ['rgba(127,127,127,.25)', '#9a9a9a', *bought]
 
-# %% ../../nbs/92_explore.pool.ipynb #8c484b2e
+# %% ../../nbs/92_explore.pool.ipynb #0fec7c35
 MARK = '#D55E00' # of what is chosen now
 
 class BoardColors:
@@ -51,7 +51,7 @@ class BoardColors:
         keys = [colored('■', self.colors[i], self.names[i]) for i in some]
         return [*keys, colored('◆', MARK, 'chosen by the first strategy')]
 
-# %% ../../nbs/92_explore.pool.ipynb #c62f1b4c
+# %% ../../nbs/92_explore.pool.ipynb #a8437ec6
 def _board_text(run:RunView, names:list)->np.ndarray: # (K, N), what the pointer reads
     unit = run.config.price_unit # of the ledger, whatever the budget counts
     text = np.array(names, dtype=object)[run.since() + 1]
@@ -59,7 +59,7 @@ def _board_text(run:RunView, names:list)->np.ndarray: # (K, N), what the pointer
     for n, k in np.argwhere(~np.isnan(costs)): text[n, k] += f', for {amount(float(costs[n, k]), unit)}'
     return text.T
 
-# %% ../../nbs/92_explore.pool.ipynb #8eaf1ba1
+# %% ../../nbs/92_explore.pool.ipynb #e4f214a9
 def _board_heat(run:RunView, colors:BoardColors)->dict: # a trace
     since = run.since().T
     images = np.array(run.pool.images, object)
@@ -70,20 +70,20 @@ def _board_heat(run:RunView, colors:BoardColors)->dict: # a trace
         xgap=int(len(images) < 400), ygap=3,
         hovertemplate='%{y} of image %{text}: %{customdata}<extra></extra>')
 
-# %% ../../nbs/92_explore.pool.ipynb #d743d803
+# %% ../../nbs/92_explore.pool.ipynb #54e5fd91
 def _board_marks(run:RunView, index:np.ndarray)->dict: # a trace; index: (M, 2)
     edge = dict(color='white', width=1)
     return dict(
         type='scatter', mode='markers', x=index[:, 0], y=[run.names[k] for k in index[:, 1]],
         hoverinfo='skip', marker=dict(symbol='diamond', size=7, color=MARK, line=edge))
 
-# %% ../../nbs/92_explore.pool.ipynb #da8ba56f
+# %% ../../nbs/92_explore.pool.ipynb #db5a6de2
 def _board_title(run:RunView)->str:
     since = run.since()
     cost = amount(run.events['cost'].sum(), run.config.price_unit)
     return f'<b>{int((since >= 0).sum())} of {since.size} pairs are labeled, for {cost}</b>'
 
-# %% ../../nbs/92_explore.pool.ipynb #cc5a6ba5
+# %% ../../nbs/92_explore.pool.ipynb #a7dd3b1f
 def board(
     run:RunView,
     index:np.ndarray|None=None, # (M, 2) int, image and task: pairs that are marked
@@ -105,7 +105,7 @@ def board(
     marks = np.zeros((0, 2), int) if index is None else index
     return plain_figure([_board_heat(run, colors), _board_marks(run, marks)], dict(xaxis=x, yaxis=y), [note], wide, H)
 
-# %% ../../nbs/92_explore.pool.ipynb #a4b41c14
+# %% ../../nbs/92_explore.pool.ipynb #42f6e817
 def orders_of(run:RunView)->list[tuple[str, tuple]]: # (text, (what, column))
     "The orders that the pool can be shown in"
     found = [('as in the pool', ('', 0)), ('its labels cost most', ('cost', 0)), ('labeled last', ('round', 0))]
@@ -113,7 +113,7 @@ def orders_of(run:RunView)->list[tuple[str, tuple]]: # (text, (what, column))
     if 'project' in run.note: return found
     return found + [(f'{t.name}, most wrong first', ('error', k)) for k, t in enumerate(run.tasks)]
 
-# %% ../../nbs/92_explore.pool.ipynb #a49a86d9
+# %% ../../nbs/92_explore.pool.ipynb #9ee5e896
 def image_values(
     run:RunView,
     r:int,       # the round
@@ -128,7 +128,7 @@ def image_values(
         return np.where(last < 0, np.nan, last)
     return run.scores(r, ('error',) if what == 'error' else ()).raw[:, k]
 
-# %% ../../nbs/92_explore.pool.ipynb #71f32a39
+# %% ../../nbs/92_explore.pool.ipynb #6fc042db
 def classes_in(
     run:RunView,
 )->list[tuple[str, tuple]]: # (text, (task, class)); the first: all images
@@ -136,13 +136,13 @@ def classes_in(
     named = [t for t in run.tasks if t.classes]
     return [('any class', ()), *((f'{t.name}: {c}', (t.name, i)) for t in named for i, c in enumerate(t.classes))]
 
-# %% ../../nbs/92_explore.pool.ipynb #f497f68a
+# %% ../../nbs/92_explore.pool.ipynb #08e01c4d
 def has_class(run:RunView, task:str, i:int)->np.ndarray: # (N,) bool
     "Which images have a label with a class in it"
     labeled = run.since()[:, run.names.index(task)] >= 0
     return np.array([there and bool((np.asarray(y) == i).any()) for there, y in zip(labeled, run.pool.labels[task])])
 
-# %% ../../nbs/92_explore.pool.ipynb #f4f7ace9
+# %% ../../nbs/92_explore.pool.ipynb #17a12ae7
 PAGE = 48 # thumbnails
 
 def thumbnail(
@@ -155,7 +155,7 @@ def thumbnail(
     image.save(buffer, 'jpeg', quality=75)
     return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/92_explore.pool.ipynb #73348e5f
+# %% ../../nbs/92_explore.pool.ipynb #27f25959
 def badges(
     run:RunView,
     image:int, # row of the pool
@@ -169,7 +169,7 @@ def badges(
         found.append(dict(task=name, color=colors.colors[at + 1], state=colors.names[at + 1]))
     return found
 
-# %% ../../nbs/92_explore.pool.ipynb #70c88a05
+# %% ../../nbs/92_explore.pool.ipynb #7482009e
 GRID = """export default {render({model, el}) {
   const grid = el.appendChild(document.createElement('div'))
   grid.style = 'display:grid;gap:6px;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));width:100%'
@@ -196,13 +196,13 @@ GRID = """export default {render({model, el}) {
   draw()
 }}"""
 
-# %% ../../nbs/92_explore.pool.ipynb #6467f1fb
+# %% ../../nbs/92_explore.pool.ipynb #87dc8918
 class Thumbnails(anywidget.AnyWidget):
     "A grid of thumbnails; one that is clicked sends its row"
     _esm = GRID
     tiles = traitlets.List([]).tag(sync=True) # of `tile`
 
-# %% ../../nbs/92_explore.pool.ipynb #70db82a6
+# %% ../../nbs/92_explore.pool.ipynb #54468db5
 def tile(
     run:RunView,
     image:int,        # row of the pool
@@ -214,7 +214,7 @@ def tile(
     own = dict(row=image, name=run.pool.images[image], value=value)
     return dict(own, src=thumbnail(run.pool.rgb[image]), badges=badges(run, image, r))
 
-# %% ../../nbs/92_explore.pool.ipynb #5a52926c
+# %% ../../nbs/92_explore.pool.ipynb #d4c9a5aa
 def two_components(
     x:np.ndarray, # (N, D) features
 )->np.ndarray: # (N, 2)
@@ -225,7 +225,7 @@ def two_components(
     at[:, :len(directions[:2])] = centered @ directions[:2].T
     return at
 
-# %% ../../nbs/92_explore.pool.ipynb #85a5e961
+# %% ../../nbs/92_explore.pool.ipynb #8900fe09
 PLAIN = '#0072B2' # of points without a value
 
 def pool_map(
@@ -249,7 +249,7 @@ def pool_map(
     axes = dict(xaxis=dict(off, domain=[.02, .9]), yaxis=dict(off, domain=[.03, .93]), dragmode='lasso')
     return plain_figure([points], axes, [], wide, H)
 
-# %% ../../nbs/92_explore.pool.ipynb #391a2c5b
+# %% ../../nbs/92_explore.pool.ipynb #8b37a923
 class PoolControls(w.VBox):
     "Order, round, filters and page"
     def __init__(self, run:RunView):
@@ -267,7 +267,7 @@ class PoolControls(w.VBox):
                           shows=self.shown, map=self.map, page=self.page)
         super().__init__([line(*row) for row in self.rows])
 
-# %% ../../nbs/92_explore.pool.ipynb #9fdef51d
+# %% ../../nbs/92_explore.pool.ipynb #132979de
 def pair_states(
     run:RunView,
     r:int,     # the round
@@ -280,7 +280,7 @@ def pair_states(
     if state in ('labeled', 'unlabeled'): return labeled == (state == 'labeled')
     return since == int(state.split()[-1]) + 1
 
-# %% ../../nbs/92_explore.pool.ipynb #1b8f6137
+# %% ../../nbs/92_explore.pool.ipynb #d2951a04
 class PoolRows:
     "The images that the controls leave, in their order"
     def __init__(self, run:RunView, controls:PoolControls):
@@ -302,7 +302,7 @@ class PoolRows:
         if chosen: fits &= np.isin(np.arange(len(fits)), chosen)
         return order[fits[order]]
 
-# %% ../../nbs/92_explore.pool.ipynb #aec64a97
+# %% ../../nbs/92_explore.pool.ipynb #f110223b
 class PoolDisplay(w.VBox):
     "Controls, thumbnails and the map"
     def __init__(self, run:RunView):
@@ -318,7 +318,7 @@ class PoolDisplay(w.VBox):
     def places(self, r:int)->np.ndarray: return two_components(self.run.features(r)) # (N, 2)
 
 
-# %% ../../nbs/92_explore.pool.ipynb #b7c2c9ab
+# %% ../../nbs/92_explore.pool.ipynb #8e72332c
 class PoolExplorer(PoolDisplay):
     "Thumbnails and a map of the pool; both show the same images"
     def __init__(self, run:RunView):
