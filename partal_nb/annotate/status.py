@@ -4,20 +4,29 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'load_network', 'quality', 'main_metric', 'relative_change', 'curve', 'amount', 'Hint', 'stopping_hint',
-           'Status', 'status', 'money_figure', 'log_lines']
+           'Status', 'status', 'money_figure', 'log_lines', 'one_line', 'Added', 'add', 'remove']
 
 # %% ../../nbs/89_annotate.status.ipynb #c0000216
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import pandas as pd
 
+# %% ../../nbs/89_annotate.status.ipynb #5342e95a
+from ..core import write_json
+from ..tasks import Pair
 from ..pool import Pool
+from ..data.dataset import has_label
+from ..data.labels import image_size
 from ..select.prices import Prices, least_total, price_of
+from ..runs.ledger import Entry
 from ..runs.journal import Steps
 from ..reports.read import metric_unit
-from .project import Project, open_project, prices_now
-from .ask import pick
+from .files import Changed, change_lines, copy_images, image_folder
+from .project import Project, changed_files, keep_backup, keep_label, open_project, take
+from .plan import open_images, pick, prices_now, read_plain, split_images
 from .tell import many
 
 # %% ../../nbs/89_annotate.status.ipynb #68bd9232
@@ -144,6 +153,7 @@ class Status:
     points:pd.DataFrame # see `curve`
     about:str           # the points as text
     hint:Hint
+    notes:tuple=()      # what changed on disk, and what else to know, a line each
 
     def __str__(self):
         t = self.tasks
@@ -154,7 +164,8 @@ class Status:
         table = t.assign(price=price, spent=paid)
         spent = f'spent: {amount(t.spent.sum())} {self.unit}, {where}'
         points = ['', self.about] if len(self.points) else []
-        return '\n'.join([table.to_string(), spent, f'next: {self.forecast}', *points, self.hint.text])
+        rest = [f'next: {self.forecast}', *points, self.hint.text, *self.notes]
+        return '\n'.join([table.to_string(), spent, *rest])
 
 # %% ../../nbs/89_annotate.status.ipynb #b7e6d913
 def status(
@@ -164,7 +175,9 @@ def status(
     "What is labeled, asked, returned, rejected and spent, and what the next money is expected to buy"
     p = open_project(folder)
     with p.ledger() as ledger:
-        events, state, pool = ledger.events(), ledger.state(), p.pool(ledger)
+        away = changed_files(p, ledger)
+        events, state, pool = ledger.events(), ledger.state(), p.pool(ledger, away.aside)
+        notes = _notes(p, ledger, away)
     asked = events[events.kind == 'asked']
     last = int(asked['round'].max()) if len(asked) else 0
     wanted = money or float(asked.cost[asked['round'] == last].sum())
@@ -173,7 +186,15 @@ def status(
     hint = stopping_hint(points, money, p.prices.unit, p.min_gain)
     forecast = _forecast(p, pool, prices, money, wanted)
     tasks = _by_task(p, events, state, prices, pool)
-    return Status(tasks, p.prices.unit, money, last, forecast, points, _as_text(p, points), hint)
+    return Status(tasks, p.prices.unit, money, last, forecast, points, _as_text(p, points), hint, notes)
+
+# %% ../../nbs/89_annotate.status.ipynb #1767d2f3
+def _notes(p:Project, ledger, away:Changed)->tuple: # a line each
+    found = change_lines(away)
+    if p.removed: found.append(f"{many(len(p.removed), 'image(s)')} removed, neither asked nor trained on")
+    if ledger.read_only: found.append('this project is read-only here: it can be looked at, not worked on')
+    elif ledger.journal_mode != 'wal': found.append('the ledger has a rollback journal: this disk can do no better')
+    return tuple(found)
 
 # %% ../../nbs/89_annotate.status.ipynb #311f5a2a
 def _by_task(p:Project, events:pd.DataFrame, state:dict, prices:Prices, pool:Pool)->pd.DataFrame:
@@ -264,14 +285,110 @@ def _quality_axes(ax, points:pd.DataFrame, money:float):
 # %% ../../nbs/89_annotate.status.ipynb #ca76f901
 def log_lines(
     folder, # of the project
-)->list[str]: # a line an event
+)->list[str]: # a line an event or a correction, in the order of their times
     "All that happened, as text"
-    with open_project(folder).ledger() as ledger: events = ledger.events()
-    return [_log_line(e) for e in events.itertuples()]
+    with open_project(folder).ledger() as ledger:
+        events, amendments = ledger.events(first=True), ledger.amendments()
+    lines = [(e.at, e.id, 0, _log_line(e)) for e in events.itertuples()]
+    lines += [(a.at, a.event, a.id, _log_line(a, 'amended', a.by)) for a in amendments.itertuples()]
+    return [line for *_, line in sorted(lines)]
 
 # %% ../../nbs/89_annotate.status.ipynb #G8900008
-def _log_line(e)->str: # e: a row of `Ledger.events`
+def _log_line(e, kind='', by='')->str: # e: a row of `Ledger.events`, or of `Ledger.amendments`
     batch = f'batch {e.round}' if e.round else 'start'
     minutes = f'{e.minutes:g} min' if pd.notna(e.minutes) else ''
-    rest = [f'{e.cost:g}', minutes, e.sha256[:12], e.note and repr(e.note)]
-    return f"{e.at}  {e.kind:9}  {batch:9}  {e.image}  {e.task}  {e.source}  {'  '.join(filter(None, rest))}"
+    content = getattr(e, 'sha256', '')[:12]
+    rest = [f'{e.cost:g}', minutes, content, e.note and repr(e.note), by and f'corrected by {by}']
+    text = f"{e.at}  {kind or e.kind:9}  {batch:9}  {e.image}  {e.task}  {e.source}  {'  '.join(filter(None, rest))}"
+    return one_line(text)
+
+# %% ../../nbs/89_annotate.status.ipynb #33857537
+def one_line(
+    text:str, # of a user, perhaps with line breaks
+)->str:
+    "Text that can't look like another line"
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+# %% ../../nbs/89_annotate.status.ipynb #84f980fb
+@dataclass
+class Added:
+    "What a project took from its folder"
+    images:tuple   # ids that are new
+    took:dict      # outcome of `Ledger.tell` -> pairs, of labels beside the images
+    problems:list  # files that are not taken, and why
+
+    def __str__(self):
+        labels = {k: len(v) for k, v in self.took.items() if k in ('told', 'corrected')}
+        lines = [many(len(self.images), 'new image(s)'), f"{many(labels.get('told', 0), 'new label(s)')} beside them, "
+                 f"{many(labels.get('corrected', 0), 'correction(s)')}"]
+        return '\n'.join(lines + [f'  {why}' for why in self.problems])
+
+# %% ../../nbs/89_annotate.status.ipynb #abfbf79b
+def add(
+    folder,             # of the project
+    sources:Iterable=(), # images, folders of images, videos: copied beside the project's images first
+    every:float=1.,     # seconds between two frames of a video
+    edited:bool=False,  # take images whose content changed as they are now
+)->Added:
+    "Take what is new: images, and labels beside them"
+    p = open_project(folder)
+    with p.files.locked():
+        problems = copy_images(image_folder(p.data), sources, every)
+        source = open_images(p.data, p.tasks, p.encodings)
+        new = _new_images(p, source, problems)
+        p = replace(p, images=p.images + new)
+        p.save()
+        with p.ledger() as ledger:
+            away = changed_files(p, ledger)
+            took = _tell_beside(p, ledger, source, away, problems)
+            keep_backup(p, ledger)
+        _take_again(p, source, () if edited else away.edited)
+    return Added(new, took, problems)
+
+# %% ../../nbs/89_annotate.status.ipynb #36cc902d
+def _new_images(p:Project, source, problems:list)->tuple: # ids
+    known = {*p.images, *p.val}
+    found = []
+    for image in split_images(source)[0]:
+        if image in known: continue
+        try: image_size(source.file(image, 'rgb'))
+        except (ValueError, OSError) as e: problems.append(str(e))
+        else: found.append(image)
+    return tuple(found)
+
+# %% ../../nbs/89_annotate.status.ipynb #e0f1084b
+def _tell_beside(p:Project, ledger, source, away:Changed, problems:list)->dict: # outcome -> pairs
+    entries = []
+    for image, task in away.labels:
+        if not has_label(source, image, task): continue
+        try: entries.append(Entry(image, task, keep_label(p, image, p.task(task), source.label(image, task))))
+        except (ValueError, OSError, MemoryError) as e: problems.append(str(e))
+    found = {}
+    for e, outcome in zip(entries, ledger.tell(entries, 0, 'data')):
+        found.setdefault(outcome, []).append(Pair(e.image, e.task))
+    return found
+
+# %% ../../nbs/89_annotate.status.ipynb #39caef4e
+def _take_again(p:Project, source, kept:tuple): # kept: images that stay as they were taken
+    then = read_plain(p.files.taken_file) if p.files.taken_file.is_file() else {}
+    old = {f'rgb/{i}' for i in kept}
+    now = {k: v for k, v in take(p, source).items() if k not in old}
+    write_json(p.files.taken_file, now | {k: v for k, v in then.items() if k in old})
+
+# %% ../../nbs/89_annotate.status.ipynb #7bd15361
+def remove(
+    folder,                 # of the project
+    images:Iterable[str],   # ids
+    undo:bool=False,        # bring them back
+)->int: # images that are removed now
+    "Take images out of the game, neither asked nor trained on; their labels stay in the ledger"
+    p = open_project(folder)
+    images = list(images)
+    unknown = [i for i in images if i not in {*p.images, *p.val}]
+    if unknown:
+        raise ValueError(f"no image {unknown[0]!r} in {p.folder}; there are {len(p.images)}, e.g. {p.images[:3]}")
+    with p.files.locked():
+        kept = tuple(i for i in p.removed if i not in images)
+        p = replace(p, removed=kept if undo else kept + tuple(dict.fromkeys(images)))
+        p.save()
+    return len(p.removed)
