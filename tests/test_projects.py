@@ -30,7 +30,7 @@ from partal_nb.tasks import Pair
 H, W = 16, 24
 ROOMS = {f'room{n}': render_room(n, H, W) for n in range(8)}
 DEPTH = ROOM_TASKS['depth']
-TINY = dict(height=H, width=W, pretrained=False, device='cpu')
+TINY = dict(height=32, width=48, pretrained=False, device='cpu')
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):

@@ -172,9 +172,11 @@ def _read(p:Project, queries:dict, path, task:str, file_format:str, imported)->l
     return answers
 
 # %% ../../nbs/88_annotate.tell.ipynb #ce7d21e0
-def _notes(task:Task, found:list)->list[str]: # what `partal check` would remark
+def _notes(task:Task, found:list)->list[str]: # what `partal check` would warn of
+    from partal_nb.data.prepare import PLAUSIBLE # noqa: F401, its module knows what a form remarks
     medians = [m for a, _ in found if a.label is not None for m in task.form.median(a.label)]
-    return [task.form.remark(task, medians)] if medians else []
+    text = task.form.remark(task, medians) if medians else ''
+    return [text] if text.startswith('warning') else []
 
 # %% ../../nbs/88_annotate.tell.ipynb #G8800002
 def _read_task(task:Task, where, file_format:str, sizes:dict)->list: # (answer, do later ones correct earlier ones?)
