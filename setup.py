@@ -14,7 +14,7 @@ setup(
     name=c['lib_name'], version=c['version'], description=c['description'], keywords=c['keywords'],
     author=c['author'], author_email=c['author_email'], license='Apache-2.0', url=c['git_url'],
     python_requires='>=' + c['min_python'], install_requires=words('requirements'),
-    extras_require={k: words(f'{k}_requirements') for k in ('dev', 'annotate', 'encoders')},
+    extras_require={k: words(f'{k}_requirements') for k in ('dev', 'annotate', 'encoders', 'video')},
     packages=find_packages(include=[c['lib_path'] + '*']), package_data={c['lib_path']: ['py.typed']},
     options=dict(editable_wheel=dict(mode='compat')), # a plain path, which type checkers and editors can follow
     data_files=[(f'share/partal_nb/{kind}', sorted(glob(f'nbs/{kind}/*.ipynb'))) for kind in ('runs', 'explore')],  # papermill templates, voila apps

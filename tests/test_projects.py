@@ -99,7 +99,7 @@ def test_a_read_only_project_can_be_looked_at(project, tmp_path):
     assert counts(tell(project.folder, 1, tmp_path/'back')) == dict(told=2)
     shutil.rmtree(project.folder/'cache', ignore_errors=True)
     for f in [project.folder, *project.folder.rglob('*')]: f.chmod(0o555 if f.is_dir() else 0o444)
-    for parent in project.folder.parents: # pytest's own are for their owner alone
+    for parent in (*project.folder.parents, *Path(project.data).parents): # pytest's own are for their owner alone
         if Path(tempfile.gettempdir()) in parent.parents: parent.chmod(0o755)
     before = sorted(project.folder.rglob('*'))
     def look():
