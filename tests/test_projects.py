@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
 from partal_nb.annotate.tell import correct, restore, tell
-from partal_nb.annotate.status import log_lines, status
+from partal_nb.annotate.status import add, log_lines, status
 from partal_nb.core import write_atomic
 from partal_nb.data.labels import encode_label, png_bytes
 from partal_nb.data.rooms import ROOM_TASKS, render_room
@@ -226,3 +227,22 @@ def test_imports_that_are_interrupted_lose_nothing(project, tmp_path):
             for pair, sha256 in kept.items(): assert project.label_file(*pair, sha256).is_file()
         for part in parts: tell(project.folder, 1, part)
         with project.ledger() as ledger: assert len(ledger.labels()) == len(parts)
+
+# A folder that lives
+
+def test_frames_of_a_video(project, tmp_path):
+    "A walk of three seconds: a frame a second joins the pool, under its time"
+    av = pytest.importorskip('av')
+    with av.open(str(tmp_path/'walk.mp4'), 'w') as video:
+        stream = video.add_stream('mpeg4', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, 'yuv420p'
+        for n in range(30):
+            gray = np.full((32, 48, 3), 8*n, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(gray, format='rgb24')): video.mux(packet)
+        for packet in stream.encode(): video.mux(packet)
+    shutil.copytree(project.data, tmp_path/'photos')
+    replace(project, data=str(tmp_path/'photos')).save()
+    added = add(project.folder, [tmp_path/'walk.mp4'])
+    assert added.images == ('walk-00000000', 'walk-00001000', 'walk-00002000') and not added.problems
+    write_atomic(tmp_path/'torn.mp4', b'torn')
+    with pytest.raises(ValueError, match='not a whole video'): add(project.folder, [tmp_path/'torn.mp4'])
