@@ -112,8 +112,11 @@ def read_cvat(path, task:Task, sizes:dict)->Iterator[Answer]: # image id → (H,
     for name in submission.find(label_folders(task), ['.zip']) if Path(path).is_dir() else ():
         try: zips.append(Submission(inside(submission.path, name)))
         except ValueError as e: submission.refused[name] = str(e)
-    found = [mask for s in (submission, *zips) for mask in _cvat_masks(s, task, sizes)]
-    for s in zips: submission.refused |= s.refused
+    found = list(_cvat_masks(submission, task, sizes))
+    for s in zips:
+        name = s.path.relative_to(submission.path).as_posix()
+        found += [(image, f'{name}/{mask}', label) for image, mask, label in _cvat_masks(s, task, sizes)]
+        submission.refused |= s.refused
     if found or submission.refused: return collect(submission, task, sizes, found)
     raise FileNotFoundError(f"{path}: no labelmap.txt with masks; there are {submission.names[:5] or 'no files'}. "
                             "Export it again as Segmentation mask 1.1")

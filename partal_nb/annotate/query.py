@@ -12,6 +12,7 @@ __all__ = ['SLACK', 'IMAGE_SUFFIXES', 'ANSWER_COLUMNS', 'ABOUT_UNCERTAINTY', 'AB
 import csv
 import io
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable, Iterator
 
@@ -32,6 +33,7 @@ class Query:
     rgb:np.ndarray               # (H, W, 3) uint8; the label has the same size
     guess:np.ndarray|None=None   # (H, W, C), what the network predicts, in the form of a label
     entropy:np.ndarray|None=None # (H, W), nats: how uncertain it is
+    score:float|None=None        # that the pair was asked for; None: none
 
     def __post_init__(self):
         H, W = self.rgb.shape[:2]
@@ -96,13 +98,18 @@ def check_answer(
     return check_sense(label, task, where, SLACK)
 
 # %% ../../nbs/80_annotate.query.ipynb #32f9e5ec
+@lru_cache(maxsize=8)
+def _by_letters(images:tuple)->dict: # the first of each spelling
+    return {same_image(i): i for i in reversed(images)}
+
+# %% ../../nbs/80_annotate.query.ipynb #a2190ba9
 def known_image(
     name:str,   # of a file, without suffix
     sizes:dict, # by image id
 )->str: # image id, or the name as it is
     "The image of a name whose letters may be composed otherwise, as in a zip from a Mac"
     if name in sizes: return name
-    return next((i for i in sizes if same_image(i) == same_image(name)), name)
+    return _by_letters(tuple(sizes)).get(same_image(name), name)
 
 # %% ../../nbs/80_annotate.query.ipynb #b82dce7b
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')

@@ -67,6 +67,12 @@ def _execute_run(configs:dict[Path, RunConfig], parameters:dict, kernel:str):
     own = dict(strategy=first.strategy, seed=first.seed, out=str(out), imports=list(imports()))
     execute('al_run', out, own | parameters, kernel)
 
+# %% ../../nbs/97_commands.runs.ipynb #5f5e3b66
+def _data_of(data:str)->str: # of a project its labeled images, as a data set
+    if not data or not (Path(data)/'project.json').is_file(): return data
+    from partal_nb.annotate.ask import as_dataset
+    return str(as_dataset(data).path)
+
 # %% ../../nbs/97_commands.runs.ipynb #3a78d3ae
 def run(
     out:Annotated[Path, typer.Option(help="The run folder. The same command resumes an unfinished run.")],
@@ -87,8 +93,9 @@ def run(
     "Make a whole active-learning run as an executed notebook."
     with plain_errors():
         changed = parse_changes(changes, {o: o for o in ('preset', 'strategy', 'seed', 'data')})
-        given = dict(changed, seed=seed) | (dict(data=data) if data else {})
         load_plugins(plugins or ())
+        data = _data_of(data)
+        given = dict(changed, seed=seed) | (dict(data=data) if data else {})
         configs = _configs(preset_name, strategy, against, given, out)
         if _is_done(out, configs): typer.echo('already finished')
         else:
