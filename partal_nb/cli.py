@@ -17,7 +17,8 @@ import partal_nb
 from .plugins import load_plugins
 from .commands.common import parse_changes, plain_errors, this_command, use_utf8
 from .commands.runs import (
-    config, explore, kernel_install, notebook, report, run, score, strategies, sweep)
+    config, explore, kernel_install, notebook, report, run, strategies)
+from .commands.sweeps import score, sweep
 from .commands.project import (
     add, ask, check, correct, init, log, prepare, remove, restore, rooms, status, tell)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..core import check_from_0
 from ..tasks import Pair, Task
+from .arrays import LabelsBeside
 from .files import content_hash
 from ..runs.schema import AFTER, LostLedger, TornLedger
 from ..runs.ledger import Entry, Ledger
@@ -124,7 +125,7 @@ def tell(
         if not is_asked(ledger, batch): raise ValueError(f"batch {batch} is not finished; give `partal ask` again")
         imported = Imported()
         answers = _read(p, queries, path, task, file_format, imported)
-        beside = _Beside(p, answers, ledger.labels())
+        beside = LabelsBeside(p, answers, ledger.labels())
         usual = {} if yes else usual_minutes(p, ledger)
         entries = _paid_images(p, _entries(p, queries, answers, usual, imported, beside), ledger)
         for e, outcome in zip(entries, ledger.tell(entries, batch, who)):
@@ -189,31 +190,6 @@ def _format_of(task:Task, where)->str:
     try: found = detect_format(where)
     except UnknownFormat: return plain_format(task) # no label in it, but perhaps a form with rejections
     return found if FORMATS[found].fits(task) else plain_format(task)
-
-# %% ../../nbs/88_annotate.tell.ipynb #888b330d
-class _Beside:
-    "The labels of an image that are there or come at the same time"
-    def __init__(self, p:Project, answers:list, kept:dict): # kept: pair → SHA-256
-        self.p, self.kept = p, kept
-        self.came = {Pair(a.image, a.task): a.label for a, _ in answers if a.label is not None}
-
-    def label(self, pair:Pair): # (H, W, C), or None
-        from partal_nb.data.labels import read_label
-        if pair in self.came or pair not in self.kept: return self.came.get(pair)
-        task = self.p.task(pair.task)
-        how = {k: v for k, v in task.form.file(task).items() if k != 'suffix'}
-        return read_label(self.p.label_file(*pair, self.kept[pair]), task, **how)
-
-    def implausible(self, a)->str: # a: an Answer; '' where nothing speaks against it
-        from partal_nb.data.derive import implausible_beside
-        return implausible_beside(a.task, a.label, lambda name: self.label(Pair(a.image, name)))
-
-    def warnings(self)->list[str]: # about all that came
-        from partal_nb.data.derive import warn_of
-        tasks = {t.name: t for t in self.p.tasks}
-        seen = {name: [] for name in tasks}
-        for pair, label in self.came.items(): seen[pair.task] += tasks[pair.task].form.summary(label)
-        return warn_of(tasks, seen)
 
 # %% ../../nbs/88_annotate.tell.ipynb #13e657a5
 def _entries(p:Project, queries:dict, answers:list, usual:dict, imported:Imported, beside)->list[Entry]:
