@@ -22,7 +22,7 @@ def bare(cwd, *words, **env):
     "A command where PATH has no git and the environment hardly anything"
     python = [sys.executable, '-m', 'partal_nb.cli']
     env = dict(PATH=str(cwd/'bin'), PYTHONPATH=os.environ.get('PYTHONPATH', ''), OMP_NUM_THREADS='1') | env
-    return subprocess.run([*python, *words], cwd=cwd, env=env, capture_output=True, timeout=300)
+    return subprocess.run([*python, *words], cwd=cwd, env=env, capture_output=True, timeout=900)
 
 def test_a_bare_machine(tmp_path):
     "A run as an executed notebook, then its report, in a folder of 500 characters with braces, spaces and umlauts"

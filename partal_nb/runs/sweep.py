@@ -340,7 +340,7 @@ def _wanted(jobs:list[Job], folder:Path)->Iterator[Path]: # a file that is there
     os.close(handle)
     try: yield Path(path)
     finally:
-        Path(path).unlink()
+        Path(path).unlink(missing_ok=True)
         stop(jobs)
 
 # %% ../../nbs/67_runs.sweep.ipynb #58fa5144
