@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'UNPACK', 'THEME', 'CROSSHAIR', 'LISTEN', 'HEAR', 'DRAW', 'axis_title', 'short', 'plain_text', 'number',
            'text_at', 'amount', 'colored', 'packed', 'weight', 'Plot']
 
-# %% ../../nbs/57_explore.plot.ipynb #3b296760
+# %% ../../nbs/57_explore.plot.ipynb #d0fb8050
 import html
 import json
 import re
@@ -18,12 +18,12 @@ import pandas as pd
 import traitlets
 from plotly.offline import get_plotlyjs
 
-# %% ../../nbs/57_explore.plot.ipynb #8d05711e
+# %% ../../nbs/57_explore.plot.ipynb #fff68284
 def axis_title(text:str)->dict:
     "A plotly axis title near its axis"
     return dict(text=text, standoff=4, font=dict(size=12))
 
-# %% ../../nbs/57_explore.plot.ipynb #1cc0acf3
+# %% ../../nbs/57_explore.plot.ipynb #033d1b0d
 def short(
     name:str, # of an image, as its folder has it
     n:int,    # characters that there is room for
@@ -32,14 +32,14 @@ def short(
     end = name if len(name) <= n else '…' + name[1 - n:]
     return html.escape(end, quote=False)
 
-# %% ../../nbs/57_explore.plot.ipynb #98cc4367
+# %% ../../nbs/57_explore.plot.ipynb #2e3ba2c8
 def plain_text(
     text:str, # HTML
 )->str:
     "A text without its tags, as one line"
     return html.unescape(re.sub('<[^>]+>', ' ', text)).strip()
 
-# %% ../../nbs/57_explore.plot.ipynb #103eb276
+# %% ../../nbs/57_explore.plot.ipynb #e131930b
 def number(
     x:float,
     sign:bool=False, # a plus, too
@@ -48,13 +48,13 @@ def number(
     if abs(x) < .005: return '0.00'
     return f'{x:{"+" if sign else ""}.2f}'.replace('-', '−')
 
-# %% ../../nbs/57_explore.plot.ipynb #95e8692f
+# %% ../../nbs/57_explore.plot.ipynb #6b23ba12
 def text_at(text:str, x:float, y:float, **kw)->dict: # a plotly annotation
     "Text whose lower left corner is at (x, y), shares of the figure"
     place = dict(x=x, y=y, xref='paper', yref='paper', xanchor='left', yanchor='bottom')
     return dict(text=text, align='left', showarrow=False) | place | kw
 
-# %% ../../nbs/57_explore.plot.ipynb #d7e7c3d1
+# %% ../../nbs/57_explore.plot.ipynb #498d8793
 def amount(
     x:float,
     unit:str, # of `Prices`
@@ -63,12 +63,12 @@ def amount(
     one = x == 1 and unit in ('pairs', 'labels')
     return f'{x:g} {unit[:-1] if one else unit}'
 
-# %% ../../nbs/57_explore.plot.ipynb #859b543d
+# %% ../../nbs/57_explore.plot.ipynb #b35d9a44
 def colored(sign:str, color:str, name:str)->str: # HTML
     "A name with its colored sign before it"
     return f'<span style="color:{color}">{sign}</span> {name}'
 
-# %% ../../nbs/57_explore.plot.ipynb #09d36a61
+# %% ../../nbs/57_explore.plot.ipynb #ef19b15e
 def _packed_array(v:np.ndarray)->dict:
     texts, kind, shape = None, 'f4', list(v.shape)
     if v.dtype == object:
@@ -77,7 +77,7 @@ def _packed_array(v:np.ndarray)->dict:
     sent = dict(kind=kind, shape=shape, bytes=v.astype(f'<{kind}').tobytes())
     return sent if texts is None else dict(sent, texts=texts.tolist())
 
-# %% ../../nbs/57_explore.plot.ipynb #e175c4f0
+# %% ../../nbs/57_explore.plot.ipynb #02805ec3
 def packed(
     v, # a figure, or a part of one
 )->Any: # the same with bytes in place of arrays
@@ -86,7 +86,7 @@ def packed(
     if isinstance(v, (list, tuple)): return [packed(x) for x in v]
     return _packed_array(v) if isinstance(v, np.ndarray) else v
 
-# %% ../../nbs/57_explore.plot.ipynb #1de99b90
+# %% ../../nbs/57_explore.plot.ipynb #2dda696e
 def weight(
     v, # of `packed`
 )->int: # bytes
@@ -95,12 +95,12 @@ def weight(
     if isinstance(v, list): return sum(map(weight, v))
     return len(v) if isinstance(v, (bytes, str)) else 8
 
-# %% ../../nbs/57_explore.plot.ipynb #b1400790
+# %% ../../nbs/57_explore.plot.ipynb #5135cb12
 CONFIG = dict(
     displaylogo=False, displayModeBar=True,
     modeBarButtonsToRemove=['select2d', 'lasso2d', 'autoScale2d', 'sendChartToCloud'])
 
-# %% ../../nbs/57_explore.plot.ipynb #0ba00cd8
+# %% ../../nbs/57_explore.plot.ipynb #14a02858
 UNPACK = """let asked
 const url = js => URL.createObjectURL(new Blob([js], {type: 'text/javascript'}))
 const plotly = js => asked ??= import(url(js)).then(() => window.Plotly)
@@ -119,7 +119,7 @@ function unpacked(v) {
 }
 """
 
-# %% ../../nbs/57_explore.plot.ipynb #6838bc8d
+# %% ../../nbs/57_explore.plot.ipynb #404c9863
 THEME = """const light = matchMedia('(prefers-color-scheme: dark)')
 const isDark = () => document.body.dataset.voila ? light.matches : document.body.dataset.jpThemeLight === 'false'
 function themed(layout) {
@@ -130,7 +130,7 @@ function themed(layout) {
 }
 """
 
-# %% ../../nbs/57_explore.plot.ipynb #719b460d
+# %% ../../nbs/57_explore.plot.ipynb #fda1e0f7
 CROSSHAIR = """function valueAt(t, x, y) {
   const values = t.customdata ?? t.text ?? t.z, i = Math.round((y - t.y0)/t.dy), j = Math.round((x - t.x0)/t.dx)
   const v = values?.[i]?.[j]
@@ -156,7 +156,7 @@ function readAt(box, data, line, marks, point) {
 }
 """
 
-# %% ../../nbs/57_explore.plot.ipynb #eb703115
+# %% ../../nbs/57_explore.plot.ipynb #db3f3314
 LISTEN = """function watched(el, model, draw) {
   let timer
   const measure = () => {
@@ -174,7 +174,7 @@ LISTEN = """function watched(el, model, draw) {
 }
 """
 
-# %% ../../nbs/57_explore.plot.ipynb #d53c9c27
+# %% ../../nbs/57_explore.plot.ipynb #f4ca8ef3
 HEAR = """function hear(box, model, read) {
   if (box.heard) return
   box.heard = true
@@ -182,12 +182,12 @@ HEAR = """function hear(box, model, read) {
   box.on('plotly_unhover', () => read())
   if (!model.get('select')) return
   const send = rows => { model.set('selected', rows); model.save_changes() }
-  box.on('plotly_selected', e => e && send(e.points.map(p => p.pointIndex)))
+  box.on('plotly_selected', e => e?.points?.length && send(e.points.map(p => p.pointIndex)))
   box.on('plotly_deselect', () => send([]))
 }
 """
 
-# %% ../../nbs/57_explore.plot.ipynb #a6709351
+# %% ../../nbs/57_explore.plot.ipynb #38a4d660
 DRAW = """async function render({model, el}) {
   const Plotly = await plotly(model.get('source'))
   const add = (parent, style) => Object.assign(parent.appendChild(document.createElement('div')), {style})
@@ -212,7 +212,7 @@ DRAW = """async function render({model, el}) {
 }
 export default {render}"""
 
-# %% ../../nbs/57_explore.plot.ipynb #127c30d4
+# %% ../../nbs/57_explore.plot.ipynb #cd5fa338
 class Plot(anywidget.AnyWidget):
     "A figure in the browser, which says how wide its place is and what was selected"
     _esm = f'const config = {json.dumps(CONFIG)}\n{UNPACK}{THEME}{CROSSHAIR}{LISTEN}{HEAR}{DRAW}'
