@@ -8,7 +8,7 @@ __all__ = ['CONTROL', 'ORACLES', 'HEADLINE_COLUMNS', 'ALL', 'SAME', 'SAME_LENGTH
            'signed_spread', 'standing', 'chosen', 'headline_row', 'claim', 'headline', 'with_headline',
            'update_headline']
 
-# %% ../../nbs/73a_reports.headline.ipynb #78ab0ab6
+# %% ../../nbs/73a_reports.headline.ipynb #3ff65f6b
 import math
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from .compare import interval
 from .read import RunRecord, main_metrics, read_run, read_study
 from ..runs.folder import RunFolder
 
-# %% ../../nbs/73a_reports.headline.ipynb #9d18f71e
+# %% ../../nbs/73a_reports.headline.ipynb #95f9f118
 CONTROL = 'random_pairs'
 ORACLES = ('true_error',) # strategies that see the labels before they buy them
 HEADLINE_COLUMNS = ('study', 'data', 'strategy', 'seed', 'task', 'change')
 ALL = 'all tasks' # their mean
 
-# %% ../../nbs/73a_reports.headline.ipynb #ed50059e
+# %% ../../nbs/73a_reports.headline.ipynb #2fe28132
 def change_in_percent(
     task,           # a `Task`
     metrics:dict,   # of a journal line, by task
@@ -38,18 +38,18 @@ def change_in_percent(
     better = theirs - ours if task.lower_is_better else ours - theirs
     return 100*better/reference[task.name][task.metric]
 
-# %% ../../nbs/73a_reports.headline.ipynb #04ad5f77
+# %% ../../nbs/73a_reports.headline.ipynb #97d17d67
 SAME = ('height', 'width', 'encoder', 'features', 'dropout', 'inject_prob', 'batch_size', 'lr')
 SAME_LENGTH = (*SAME, 'start_images', 'step_pairs', 'rounds', 'train_by', 'train_for', 'warm_start') # of a control
 
-# %% ../../nbs/73a_reports.headline.ipynb #23bde3ed
+# %% ../../nbs/73a_reports.headline.ipynb #473bcca3
 def run_folders_of(
     study:Path,
 )->list[Path]: # in the order of their names; empty if there is no such folder
     "The runs that lie in a study's folder"
     return sorted(p for p in study.glob('*') if RunFolder(p).exists)
 
-# %% ../../nbs/73a_reports.headline.ipynb #33cd380b
+# %% ../../nbs/73a_reports.headline.ipynb #e398b0a4
 def beside(
     study:Path,   # its folder
     kind:str,     # `random_pairs` or `supervised`
@@ -64,7 +64,7 @@ def beside(
         if differ: raise ValueError(f"{folder}: expected the settings of {study.name}, got another {differ}")
     return runs
 
-# %% ../../nbs/73a_reports.headline.ipynb #9ff63b1e
+# %% ../../nbs/73a_reports.headline.ipynb #aba0ac4b
 def study_changes(
     folder:Path, # of the study
 )->list[tuple]: # of `HEADLINE_COLUMNS`; empty without a control, or where nothing was bought
@@ -84,7 +84,7 @@ def study_changes(
         rows += [(folder.name, r.data['name'], r.strategy, r.seed, task, v) for task, v in each.items()]
     return rows
 
-# %% ../../nbs/73a_reports.headline.ipynb #577f2885
+# %% ../../nbs/73a_reports.headline.ipynb #0b9d43cf
 def changes(
     results, # folder with a folder for each study
 )->pd.DataFrame: # with `HEADLINE_COLUMNS`
@@ -95,10 +95,10 @@ def changes(
     if not rows: raise ValueError(f"{results}: expected a study with runs of {CONTROL!r}, found none")
     return pd.DataFrame(rows, columns=HEADLINE_COLUMNS)
 
-# %% ../../nbs/73a_reports.headline.ipynb #fd17a0bc
+# %% ../../nbs/73a_reports.headline.ipynb #af14d559
 LEAST_SEEDS = 3 # for a verdict
 
-# %% ../../nbs/73a_reports.headline.ipynb #f1d41617
+# %% ../../nbs/73a_reports.headline.ipynb #15b34b18
 def judged(
     d:pd.DataFrame, # rows of `changes`, of one study, strategy and task
     among:int,      # strategies that are compared
@@ -108,7 +108,7 @@ def judged(
     low, high = interval(d.change.to_numpy(), 1 - .05/among)
     return 'better' if low > 0 else 'worse' if high < 0 else 'inconclusive'
 
-# %% ../../nbs/73a_reports.headline.ipynb #6bdc764d
+# %% ../../nbs/73a_reports.headline.ipynb #b5fb9636
 def signed_spread(
     values:pd.Series, # over seeds, %
 )->str: # e.g. `+1.5 ± 0.6`
@@ -116,7 +116,7 @@ def signed_spread(
     mean = f'{values.mean():+.1f}'.replace('-', '−')
     return f'{mean} ± {values.std():.1f}' if len(values) > 1 else mean
 
-# %% ../../nbs/73a_reports.headline.ipynb #6bd8aeb4
+# %% ../../nbs/73a_reports.headline.ipynb #1603cf2a
 def standing(
     df:pd.DataFrame, # of `changes`
 )->pd.DataFrame: # a row a study and strategy, the best first within each study
@@ -131,7 +131,7 @@ def standing(
             rows.append(row | dict(mean=whole.change.mean(), tasks=tasks, verdict=judged(whole, among)))
     return pd.DataFrame(rows).sort_values(['study', 'mean'], ascending=[True, False], ignore_index=True)
 
-# %% ../../nbs/73a_reports.headline.ipynb #b0e95183
+# %% ../../nbs/73a_reports.headline.ipynb #a7683c3f
 def chosen(
     table:pd.DataFrame, # of `standing`
     ours:str='partal',
@@ -145,7 +145,7 @@ def chosen(
         kept += [own[own.strategy == ours], others.head(1)]
     return pd.concat(kept, ignore_index=True).sort_values('seeds', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../../nbs/73a_reports.headline.ipynb #393ac9a9
+# %% ../../nbs/73a_reports.headline.ipynb #5f72c1aa
 def headline_row(
     r, # a row of `standing`
     ours:str='partal',
@@ -156,7 +156,7 @@ def headline_row(
     each = ', '.join(f'{task} {text}' for task, text in r.tasks.items() if task != ALL)
     return f'| {r.strategy}{best} | {r.data}, {r.seeds} | **{r.tasks[ALL]}** | {each} | {r.verdict} |'
 
-# %% ../../nbs/73a_reports.headline.ipynb #a02e2c9f
+# %% ../../nbs/73a_reports.headline.ipynb #fc336360
 def claim(
     table:pd.DataFrame, # of `standing`
 )->str: # a sentence
@@ -164,18 +164,18 @@ def claim(
     fair = table[~table.strategy.isin(ORACLES)]
     found = fair[fair.verdict == 'better']
     behind = fair[(fair.strategy == 'partal') & (fair['mean'] < 0)].data.unique()
-    also = f'; in the mean `partal` is behind them on {" and on ".join(behind)}' if len(behind) else ''
+    also = f'; in the mean partal is behind them on {" and on ".join(behind)}' if len(behind) else ''
     if found.empty: return f'No strategy has been shown to beat random pairs over all tasks yet{also}.'
     names = ', '.join(f'{r.strategy} ({r.study}, {r.seeds} seeds)' for r in found.itertuples())
     return f'Shown to beat random pairs over all tasks: {names}.'
 
-# %% ../../nbs/73a_reports.headline.ipynb #9d403b5d
+# %% ../../nbs/73a_reports.headline.ipynb #77465ab8
 HEADLINE_MARKS = ('<!-- headline -->', '<!-- end of headline -->')
 HEAD = '| strategy | images, seeds | all tasks, % | each task, % | verdict |\n|:--|:--|--:|:--|:--|'
 MEANING = ('The table has how much better (+) or worse (−) than random pairs for the same money, '
            'in % of the metric with all labels, mean ± one standard deviation over seeds.')
 
-# %% ../../nbs/73a_reports.headline.ipynb #b7c4deb1
+# %% ../../nbs/73a_reports.headline.ipynb #57cc6c2b
 def headline(
     results, # folder with a folder for each study
 )->str: # Markdown: two sentences and a table
@@ -184,7 +184,7 @@ def headline(
     rows = [headline_row(r) for r in chosen(table).itertuples()]
     return '\n'.join([f'**{claim(table)}** {MEANING}', '', HEAD, *rows])
 
-# %% ../../nbs/73a_reports.headline.ipynb #9a888809
+# %% ../../nbs/73a_reports.headline.ipynb #e9943b73
 def with_headline(
     text:str, # Markdown with the two marks
     results,  # folder with a folder for each study
@@ -196,7 +196,7 @@ def with_headline(
     before, rest = text.split(start)
     return f'{before}{start}\n{headline(results)}\n{end}{rest.split(end)[1]}'
 
-# %% ../../nbs/73a_reports.headline.ipynb #9cb9fe1a
+# %% ../../nbs/73a_reports.headline.ipynb #1eef0d1b
 def update_headline(
     path,    # Markdown file with the two marks
     results, # folder with a folder for each study
