@@ -15,7 +15,8 @@ import typer
 
 import partal_nb
 from .plugins import load_plugins
-from .commands.common import parse_changes, plain_errors, this_command, use_utf8
+from .commands.common import parse_changes # its name in version 0.1
+from .commands.common import plain_errors, this_command, use_utf8
 from .commands.runs import (
     config, explore, kernel_install, notebook, report, run, strategies)
 from .commands.sweeps import score, sweep

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS_FILE', 'DEFAULTS', 'ONLY_RUNS', 'SUPPORTED', 'NOT_COMPUTED', 'START_BY', 'ROUNDS', 'START', 'read_plain',
-           'read_tasks', 'priced', 'open_images', 'split_images', 'prices_now', 'project_config', 'pick', 'cold_start',
-           'Purchase', 'AskingPurchase', 'cheapest', 'start_pool', 'StartedPurchase', 'WholePurchase']
+           'read_tasks', 'priced', 'open_images', 'held_out_images', 'prices_now', 'project_config', 'pick',
+           'cold_start', 'BatchRequest', 'AskingRequest', 'cheapest', 'start_pool', 'StartedPurchase', 'WholePurchase']
 
 # %% ../../nbs/57_annotate.plan.ipynb #3f3ba555
 import json
@@ -115,7 +115,7 @@ def open_images(
     return source
 
 # %% ../../nbs/57_annotate.plan.ipynb #ceb23bd4
-def split_images(
+def held_out_images(
     source, # as `open_images` returns it
 )->tuple[list, list]: # the pool, and labeled images to evaluate on
     "What can be asked, and what is only evaluated on"
@@ -223,7 +223,7 @@ def cold_start(
 
 # %% ../../nbs/57_annotate.plan.ipynb #f4501f23
 START = 6 # labels that a start asks for, where the budget has them
-class Purchase:
+class BatchRequest:
     "What one batch asks for, part after part"
     def __init__(self,
         p,            # a `Project`
@@ -240,7 +240,7 @@ class Purchase:
 
 
 # %% ../../nbs/57_annotate.plan.ipynb #d6f01593
-class AskingPurchase(Purchase):
+class AskingRequest(BatchRequest):
     "A purchase that asks for pairs"
     def add(self, picks:Picks, why:Callable, scored:bool=False): # why: (n, k) → text
         "Ask for these pairs"
@@ -285,7 +285,7 @@ def start_pool(
     return replace(pool, available=pool.labeled | can), way, int(free.sum())
 
 # %% ../../nbs/57_annotate.plan.ipynb #52baf7bb
-class StartedPurchase(AskingPurchase):
+class StartedPurchase(AskingRequest):
     "A purchase whose first parts no score ranks"
     def start_all(self, features:np.ndarray|None): # (N, C); None: at random
         "All of it, where no task can be trained"

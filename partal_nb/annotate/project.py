@@ -28,7 +28,7 @@ from .arrays import given_labels, kept_labels, project_arrays, some_arrays
 from .files import Changed, Fingerprints
 from ..select.prices import Prices, prices_from_dict
 from .plan import (
-    open_images, priced, prices_now, project_config, read_plain, read_tasks, split_images)
+    open_images, priced, project_config, read_plain, read_tasks, held_out_images)
 from ..plugins import imports, load_recorded, where_now
 from ..runs.schema import LostLedger, TornLedger
 from ..runs.ledger import Entry, Ledger, read_labeled
@@ -253,7 +253,7 @@ def init(
     plan = read_tasks(tasks) if isinstance(tasks, (str, Path)) else priced(tuple(tasks or ()))
     source = open_images(data, plan['tasks'], plan.get('encodings', {}))
     if not tasks: plan = priced(tuple(source.tasks.values()))
-    pool, val = split_images(source)
+    pool, val = held_out_images(source)
     config = project_config(changes, plan['tasks'])
     from partal_nb.annotate.formats import choose_formats
     plan['formats'] = choose_formats(plan['tasks'], plan.get('formats', {}) | formats)

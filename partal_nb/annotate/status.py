@@ -28,7 +28,7 @@ from ..runs.journal import Steps
 from ..reports.read import metric_unit
 from .files import Changed, change_lines, copy_images, image_folder
 from .project import Project, changed_files, keep_backup, keep_label, open_project, take
-from .plan import open_images, pick, prices_now, read_plain, split_images
+from .plan import open_images, pick, prices_now, read_plain, held_out_images
 from .tell import amount, many
 
 # %% ../../nbs/89_annotate.status.ipynb #68bd9232
@@ -354,7 +354,7 @@ def add(
 def _new_images(p:Project, source, problems:list)->tuple: # ids
     known = {*p.images, *p.val}
     found = []
-    for image in split_images(source)[0]:
+    for image in held_out_images(source)[0]:
         if image in known: continue
         try: image_size(source.file(image, 'rgb'))
         except (ValueError, OSError) as e: problems.append(str(e))

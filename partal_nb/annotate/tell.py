@@ -105,6 +105,11 @@ def clear_leftovers(
     for f in gone: shutil.rmtree(f) if f.is_dir() else f.unlink()
     return len(gone)
 
+# %% ../../nbs/88_annotate.tell.ipynb #0f804fc1
+def _check_file_format(name:str): # empty: as it looks
+    from partal_nb.annotate.formats import FORMATS
+    if name and name not in FORMATS: raise ValueError(f"unknown format {name!r}; there are {list(FORMATS)}")
+
 # %% ../../nbs/88_annotate.tell.ipynb #2ba3e515
 def tell(
     folder,              # of the project
@@ -116,11 +121,9 @@ def tell(
     yes:bool=False,      # take minutes that are hardly true
 )->Imported:
     "Import what annotators made of a batch"
-    from partal_nb.annotate.formats import FORMATS
     p = open_project(folder)
     queries = {Pair(q['image'], q['task']): q for q in read_batch(p, batch).queries}
-    if file_format and file_format not in FORMATS:
-        raise ValueError(f"unknown format {file_format!r}; there are {list(FORMATS)}")
+    _check_file_format(file_format)
     with p.ledger() as ledger:
         if not is_asked(ledger, batch): raise ValueError(f"batch {batch} is not finished; give `partal ask` again")
         imported = Imported()

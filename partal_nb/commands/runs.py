@@ -16,7 +16,6 @@ from typing import Annotated, Iterable, Optional
 
 import typer
 
-from ..core import write_atomic
 from ..config import RunConfig, config_table, preset
 from ..plugins import imports, load_plugins
 from partal_nb.commands.common import (
@@ -92,14 +91,13 @@ def run(
         changed = parse_changes(changes, {o: o for o in ('preset', 'strategy', 'seed', 'data')})
         load_plugins(plugins or ())
         data = _data_of(data)
-        given = dict(changed, seed=seed) | (dict(data=data) if data else {})
+        given = changed | dict(seed=seed) | (dict(data=data) if data else {})
         configs = _configs(preset_name, strategy, against, given, out)
         if _is_done(out, configs): typer.echo('already finished')
         else:
             _check_all(configs, track or ())
-            asked = dict(preset=preset_name, against=against, data=data, changes=changed, pictures=pictures)
-            asked['track'] = track or []
-            _execute_run(configs, asked, kernel)
+            own = dict(pictures=pictures, track=track or [])
+            _execute_run(configs, own | dict(preset=preset_name, against=against, data=data, changes=changed), kernel)
         typer.echo(out)
 
 # %% ../../nbs/97_commands.runs.ipynb #2fa67b41

@@ -108,6 +108,8 @@ On = Annotated[str, typer.Option(
     help="Where: `slurm`, `slurm:local`, `dask:local` or `dask:ADDRESS`. Default: this machine.")]
 Gpus = Annotated[str, typer.Option(help="GPUs of this machine, one for each run: `auto`, or numbers, e.g. 0,1.")]
 PerGpu = Annotated[int, typer.Option(help="Runs that share a GPU.")]
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #b698a980
 Partition = Annotated[str, typer.Option(help="Of SLURM. Default: the cluster's.")]
 Account = Annotated[str, typer.Option(help="Of SLURM. Default: yours.")]
 Minutes = Annotated[int, typer.Option(

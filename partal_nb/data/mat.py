@@ -162,10 +162,10 @@ def read_raw(
 )->Any: # an array; of a MATLAB file its variables
     "The numbers of a file, as they are stored"
     if file.suffix not in ('.npy', '.mat'): return np.array(open_image(file, f'task {task}', is_label=True))
+    if not file.is_file(): raise FileNotFoundError(f"{file} (task {task}): no such file")
     try:
         if file.suffix == '.npy': return np.load(file, allow_pickle=False, **how)
         return loadmat(file, simplify_cells=True)
-    except FileNotFoundError: raise FileNotFoundError(f"{file} (task {task}): no such file") from None
     except (EOFError, *MAT_ERRORS) as e:
         raise ValueError(f"{file} (task {task}): not a whole {file.suffix} file ({file.stat().st_size:,} bytes): "
                          f"{mat_problem(e)}") from e

@@ -24,6 +24,7 @@ import partal_nb.data.walks
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+# %% ../../nbs/19_data.prepare.ipynb #41d4288a
 from ..core import add_entry, cache_dir, inside, write_atomic
 from ..tasks import Encoding, Task, task_to_version_1
 from .rooms import ROOM_TASKS

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+# %% ../../nbs/76_dev.growth.ipynb #3c32a818
 from ..core import write_json
 from ..tasks import Pair
 from ..config import RunConfig, preset

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+# %% ../../nbs/75_dev.network_speed.ipynb #f7d50eaf
 from ..core import set_seed
 from ..moments import entropy
 from ..tasks import Task, semseg_task, standard_task

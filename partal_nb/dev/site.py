@@ -99,9 +99,9 @@ BOXES = { # title -> what happens there, and its modules: names, and packages wi
         ('core', 'forms', 'tasks', 'boundaries', 'data.')),
     'Run': (
         'round after round; resumes exactly after an interruption',
-        ('config', 'plugins', 'runs.', 'front', 'commands.', 'cli')),
+        ('config', 'plugins', 'loop', 'runs.', 'front', 'commands.', 'cli')),
     'Look': ('at entropy maps, purchases and true errors', ('runs.pictures', 'runs.truth', 'explore.')),
-    'Report': ('curves, paired tests, speed', ('metrics', 'reports.', 'dev.'))}
+    'Report': ('curves, paired tests, speed', ('metrics', 'statistics', 'reports.', 'dev.'))}
 TURN = ('Train', 'Measure', 'Choose', 'Label')
 
 # %% ../../nbs/09_dev.site.ipynb #35a61f50
@@ -270,11 +270,13 @@ def home(
 # %% ../../nbs/09_dev.site.ipynb #cd309e03
 READ = { # what is read in this order; what is not named follows
     'tutorials': (
-        'first_run', 'own_images', 'own_task', 'own_strategy', 'annotation_loop', 'gpu_papermill', 'reading_a_report'),
+        'first_run', 'own_images', 'own_task', 'own_strategy', 'annotation_loop',
+        'label_studio_in_ten_steps', 'cvat_in_ten_steps', 'gpu_papermill', 'reading_a_report'),
     'explain': (
-        'why_partial_labels', 'replication_results', 'what_dropout_measures', 'entropy_of_what', 'frozen_normalizer',
-        'injection_information', 'depth_normals', 'costs', 'what_injection_brings', 'which_uncertainty',
-        'which_normalizer', 'what_moves_the_scale', 'what_pseudo_labels_bring', 'what_the_paper_leaves_open')}
+        'does_choosing_pay', 'redundancy', 'shares', 'why_partial_labels', 'replication_results',
+        'what_dropout_measures', 'entropy_of_what', 'frozen_normalizer', 'injection_information', 'depth_normals',
+        'costs', 'what_injection_brings', 'which_uncertainty', 'which_normalizer', 'what_moves_the_scale',
+        'what_pseudo_labels_bring', 'what_the_paper_leaves_open')}
 
 # %% ../../nbs/09_dev.site.ipynb #e1d06989
 def _pages(nbs:Path, folder:str)->list[str]: # in the order of `READ`

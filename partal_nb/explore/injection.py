@@ -15,8 +15,8 @@ from itertools import chain, combinations
 
 import ipywidgets as w
 import numpy as np
-import torch
 
+# %% ../../nbs/95_explore.injection.ipynb #6205dc56
 from ..tasks import METRIC_NAMES, Task
 from ..data.arrays import Arrays
 from ..model.padnet import PADNet

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+# %% ../../nbs/90_explore.run.ipynb #2a3f3627
 from ..core import derive_seed, set_seed
 from ..tasks import Task
 from ..config import RunConfig, preset

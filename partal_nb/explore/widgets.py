@@ -28,6 +28,7 @@ from IPython.display import Image as JPEG
 from matplotlib.colors import to_hex
 from PIL import Image
 
+# %% ../../nbs/91_explore.widgets.ipynb #df4c0541
 from ..core import write_atomic
 from ..tasks import Task
 from ..uncertainty.passes import ESTIMATOR_NAMES

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CONTROL', 'ORACLES', 'HEADLINE_COLUMNS', 'ALL', 'SAME', 'SAME_LENGTH', 'LEAST_SEEDS', 'HEADLINE_MARKS', 'HEAD',
            'MEANING', 'change_in_percent', 'run_folders_of', 'beside', 'study_changes', 'changes', 'judged',
-           'signed_spread', 'standing', 'chosen', 'headline_row', 'claim', 'headline', 'with_headline',
+           'signed_spread', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline', 'with_headline',
            'update_headline']
 
 # %% ../../nbs/73a_reports.headline.ipynb #3ff65f6b
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -117,7 +116,7 @@ def signed_spread(
     return f'{mean} ± {values.std():.1f}' if len(values) > 1 else mean
 
 # %% ../../nbs/73a_reports.headline.ipynb #1603cf2a
-def standing(
+def by_strategy(
     df:pd.DataFrame, # of `changes`
 )->pd.DataFrame: # a row a study and strategy, the best first within each study
     "Every strategy beside random pairs, as texts, with its verdict over all tasks"
@@ -133,7 +132,7 @@ def standing(
 
 # %% ../../nbs/73a_reports.headline.ipynb #a7683c3f
 def chosen(
-    table:pd.DataFrame, # of `standing`
+    table:pd.DataFrame, # of `by_strategy`
     ours:str='partal',
 )->pd.DataFrame: # its rows that stand in a headline, with `among` others
     "For each data set the studies with the most seeds: our strategy, and the best of the others"
@@ -147,7 +146,7 @@ def chosen(
 
 # %% ../../nbs/73a_reports.headline.ipynb #5f72c1aa
 def headline_row(
-    r, # a row of `standing`
+    r, # a row of `by_strategy`
     ours:str='partal',
 )->str: # of a Markdown table
     "One strategy of one study"
@@ -157,8 +156,8 @@ def headline_row(
     return f'| {r.strategy}{best} | {r.data}, {r.seeds} | **{r.tasks[ALL]}** | {each} | {r.verdict} |'
 
 # %% ../../nbs/73a_reports.headline.ipynb #fc336360
-def claim(
-    table:pd.DataFrame, # of `standing`
+def headline_claim(
+    table:pd.DataFrame, # of `by_strategy`
 )->str: # a sentence
     "Which strategies are shown to be better than random pairs over all tasks"
     fair = table[~table.strategy.isin(ORACLES)]
@@ -180,9 +179,9 @@ def headline(
     results, # folder with a folder for each study
 )->str: # Markdown: two sentences and a table
     "Does it help?"
-    table = standing(changes(results))
+    table = by_strategy(changes(results))
     rows = [headline_row(r) for r in chosen(table).itertuples()]
-    return '\n'.join([f'**{claim(table)}** {MEANING}', '', HEAD, *rows])
+    return '\n'.join([f'**{headline_claim(table)}** {MEANING}', '', HEAD, *rows])
 
 # %% ../../nbs/73a_reports.headline.ipynb #e9943b73
 def with_headline(

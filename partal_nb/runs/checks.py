@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 import partal_nb
+
+# %% ../../nbs/63_runs.checks.ipynb #2076bc26
 from ..core import derive_seed, pick_device, write_json
 from ..tasks import Pair, Task
 from ..config import RunConfig, config_hash

@@ -7,7 +7,7 @@ __all__ = ['PLAN_DEFAULTS', 'StudyPlan', 'arm_config', 'check_plan', 'read_plan'
 
 # %% ../../nbs/67a_runs.plan.ipynb #89efc38e
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..config import RunConfig, preset

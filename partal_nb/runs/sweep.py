@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+# %% ../../nbs/67_runs.sweep.ipynb #54a46f6f
 from ..config import PRESETS, RunConfig, config_from_dict, preset
 from .executors import THREADS, LocalExecutor, Work, bar_of, read_log, run_process
 from ..plugins import imports, load_plugins

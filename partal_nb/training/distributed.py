@@ -24,6 +24,7 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+# %% ../../nbs/37_training.distributed.ipynb #73ea116e
 from ..core import derive_seed, set_seed
 from ..tasks import Task
 from ..config import RunConfig

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+# %% ../../nbs/34_training.trainer.ipynb #e7f307d8
 from ..core import derive_seed, pick_device, set_seed
 from ..tasks import Task
 from ..config import RunConfig
