@@ -25,7 +25,7 @@ def bare(cwd, *words, **env):
     return subprocess.run([*python, *words], cwd=cwd, env=env, capture_output=True, timeout=900)
 
 def test_a_bare_machine(tmp_path):
-    "A run as an executed notebook, then its report, in a folder of 480 characters (SQLite ends at 512) with braces, spaces"
+    "A run as a notebook, then its report, in a folder of 480 characters (SQLite ends at 512), braces, spaces, umlauts"
     deep = Path('Läufe {a} und {b:d}', *['x'*80]*4, 'Übergröße')
     deep /= 'y'*(480 - len(str((tmp_path/deep)).encode()) - 1)
     made = bare(tmp_path, 'run', '--out', str(deep), '--strategy', 'random', *SETTINGS, **LATIN_1,
