@@ -6,7 +6,7 @@
 __all__ = ['MARKERS', 'without_tags', 'values', 'errors', 'draw_scatter', 'draw_bar', 'axis_of', 'panel_of', 'place_axes',
            'draw_rest', 'static_figure', 'static_png', 'LiveAndStatic', 'show_static']
 
-# %% ../../nbs/71a_reports.static.ipynb #bb7aacb0
+# %% ../../nbs/71a_reports.static.ipynb #300a6914
 import base64
 import io
 from typing import Any
@@ -18,19 +18,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plotly.io.base_renderers import MimetypeRenderer
 
-# %% ../../nbs/71a_reports.static.ipynb #99edf793
+# %% ../../nbs/71a_reports.static.ipynb #ebe33508
 MARKERS = {
     'circle': 'o', 'square': 's', 'diamond': 'D', 'cross': 'P', 'triangle-up': '^', 'x': 'X', 'circle-open': 'o',
     'star': '*', 'hexagon': 'h', 'pentagon': 'p', 'star-diamond': 'd', 'hourglass': 'v', 'bowtie': '>'} # of plotly
 
-# %% ../../nbs/71a_reports.static.ipynb #b301c028
+# %% ../../nbs/71a_reports.static.ipynb #470938ec
 def without_tags(
     text, # of plotly, or None
 )->str:
     "A title without markup"
     return str(text or '').replace('<br>', '\n').replace('<b>', '').replace('</b>', '')
 
-# %% ../../nbs/71a_reports.static.ipynb #6c19d514
+# %% ../../nbs/71a_reports.static.ipynb #bd619306
 def values(
     x,       # of a trace: a sequence, plotly's form of an array, or None
     n:int=0, # places where there is none
@@ -40,7 +40,7 @@ def values(
     if isinstance(x, dict): x = np.frombuffer(base64.b64decode(x['bdata']), x['dtype'])
     return list(x)
 
-# %% ../../nbs/71a_reports.static.ipynb #80921cf8
+# %% ../../nbs/71a_reports.static.ipynb #d3276ca9
 def errors(
     e, # `error_x` or `error_y` of a trace
 )->list|None: # of matplotlib
@@ -48,10 +48,10 @@ def errors(
     if e.array is None: return None
     return values(e.array) if e.arrayminus is None else [values(e.arrayminus), values(e.array)]
 
-# %% ../../nbs/71a_reports.static.ipynb #1121e368
+# %% ../../nbs/71a_reports.static.ipynb #794e88a0
 def draw_scatter(
     ax:Axes,
-    t:go.Scatter,
+    t:Any, # a `go.Scatter`
 ):
     "A line, points with errors, or an area"
     x = values(t.x, len(values(t.y)))
@@ -67,10 +67,10 @@ def draw_scatter(
         x, y, yerr=errors(t.error_y), xerr=errors(t.error_x), color=color, marker=marker, ms=5, capsize=2,
         ls=dash if 'lines' in mode else 'none', label=t.name if t.showlegend is not False else None, **hollow)
 
-# %% ../../nbs/71a_reports.static.ipynb #be90f943
+# %% ../../nbs/71a_reports.static.ipynb #14845e23
 def draw_bar(
     ax:Axes,
-    t:go.Bar,
+    t:Any, # a `go.Bar`
     below:dict, # place -> height of the bars already there; is changed
 ):
     "Bars, each on top of those that are there"
@@ -85,25 +85,25 @@ def draw_bar(
     else: ax.bar(places, sizes, bottom=start, color=color, label=label)
     below.update({p: s + v for p, s, v in zip(places, start, sizes)})
 
-# %% ../../nbs/71a_reports.static.ipynb #d73718b9
+# %% ../../nbs/71a_reports.static.ipynb #3e8bccf0
 def axis_of(
-    layout:go.Layout,
+    layout:Any, # of plotly
     ref:str, # `x`, `y2`, …
 )->Any: # a plotly axis
     "The axis that a trace names"
     return layout[f'{ref[0]}axis{ref[1:]}']
 
-# %% ../../nbs/71a_reports.static.ipynb #3c018340
+# %% ../../nbs/71a_reports.static.ipynb #b38cd620
 def panel_of(
     t, # a trace
 )->tuple[str, str]: # the names of its axes
     "The panel that a trace is in; one without axes is in the first"
     return getattr(t, 'xaxis', None) or 'x', getattr(t, 'yaxis', None) or 'y'
 
-# %% ../../nbs/71a_reports.static.ipynb #999c288b
+# %% ../../nbs/71a_reports.static.ipynb #72a5cd2f
 def place_axes(
     figure:Figure,
-    fig:go.Figure,
+    fig:Any, # of plotly
 )->dict[tuple[str, str], Axes]: # by the names of both axes
     "A panel for every pair of axes, where plotly has it"
     found = {}
@@ -121,10 +121,10 @@ def place_axes(
         found[key] = ax
     return found
 
-# %% ../../nbs/71a_reports.static.ipynb #3f52fb86
+# %% ../../nbs/71a_reports.static.ipynb #0c97b03b
 def draw_rest(
     figure:Figure,
-    fig:go.Figure,
+    fig:Any, # of plotly
     panels:dict, # of `place_axes`
 ):
     "Titles of panels, lines across them, and one legend"
@@ -141,9 +141,9 @@ def draw_rest(
     if len(named) < 2: return
     figure.legend(named.values(), named.keys(), loc='lower center', ncols=5, fontsize=8, frameon=False)
 
-# %% ../../nbs/71a_reports.static.ipynb #b5a35973
+# %% ../../nbs/71a_reports.static.ipynb #87b062ef
 def static_figure(
-    fig:go.Figure,
+    fig:Any, # of plotly
 )->Figure: # of matplotlib
     "The figure as a picture"
     width, height = fig.layout.width or 700, fig.layout.height or 400
@@ -158,16 +158,16 @@ def static_figure(
     draw_rest(figure, fig, panels)
     return figure
 
-# %% ../../nbs/71a_reports.static.ipynb #4a5f3af1
+# %% ../../nbs/71a_reports.static.ipynb #96c87e9b
 def static_png(
-    fig:go.Figure,
+    fig:Any, # of plotly
 )->bytes:
     "The figure as a PNG"
     out = io.BytesIO()
     static_figure(fig).savefig(out, format='png', bbox_inches='tight')
     return out.getvalue()
 
-# %% ../../nbs/71a_reports.static.ipynb #c7ab1af8
+# %% ../../nbs/71a_reports.static.ipynb #625704cc
 class LiveAndStatic(MimetypeRenderer):
     "Both forms of a figure in one output"
     def to_mimebundle(self, fig_dict):
@@ -175,7 +175,7 @@ class LiveAndStatic(MimetypeRenderer):
         picture = static_png(go.Figure(fig_dict, skip_invalid=True))
         return live | {'image/png': base64.b64encode(picture).decode()}
 
-# %% ../../nbs/71a_reports.static.ipynb #d3139f1b
+# %% ../../nbs/71a_reports.static.ipynb #4e77d912
 def show_static():
     "From here on, figures of this notebook are stored with a picture beside them"
     pio.renderers['live and static'] = LiveAndStatic()
