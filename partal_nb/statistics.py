@@ -101,10 +101,10 @@ def holm(
     p:Sequence[float], # of each comparison; NaN: not made
 )->np.ndarray: # (n,) adjusted p, at most 1; NaN stays
     "Holm's correction (1979): the family-wise error stays below alpha where adjusted p < alpha is believed"
-    p = np.asarray(p, float)
-    made = np.flatnonzero(~np.isnan(p))
-    order = made[np.argsort(p[made], kind='stable')]
+    adjusted = np.array(p, float)
+    made = np.flatnonzero(~np.isnan(adjusted))
+    order = made[np.argsort(adjusted[made], kind='stable')]
     factors = np.arange(len(order), 0, -1)
-    adjusted = p.copy()
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors*p[order]))
+    raised = np.maximum.accumulate(factors*adjusted[order])
+    adjusted[order] = np.minimum(1, raised)
     return adjusted

@@ -31,9 +31,9 @@ from ..runs.ledger import Ledger
 from ..runs.journal import Steps
 from .arrays import given_labels, kept_labels
 from .files import change_lines
-from .plan import WholePurchase, open_images
+from .plan import WholePurchase, open_images, prices_now
 from .project import (
-    Changed, Project, changed_files, keep_backup, load_labels, open_project, prices_now)
+    Changed, Project, changed_files, keep_backup, load_labels, open_project)
 
 # %% ../../nbs/87_annotate.ask.ipynb #ec27d726
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS_FILE', 'DEFAULTS', 'ONLY_RUNS', 'SUPPORTED', 'NOT_COMPUTED', 'START_BY', 'ROUNDS', 'START', 'read_plain',
            'read_tasks', 'priced', 'open_images', 'held_out_images', 'prices_now', 'project_config', 'pick',
-           'cold_start', 'BatchRequest', 'AskingRequest', 'cheapest', 'start_pool', 'StartedPurchase', 'WholePurchase']
+           'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest', 'start_pool', 'StartedPurchase',
+           'WholePurchase']
 
 # %% ../../nbs/57_annotate.plan.ipynb #3f3ba555
 import json
@@ -223,7 +224,7 @@ def cold_start(
 
 # %% ../../nbs/57_annotate.plan.ipynb #f4501f23
 START = 6 # labels that a start asks for, where the budget has them
-class BatchRequest:
+class BatchPurchase:
     "What one batch asks for, part after part"
     def __init__(self,
         p,            # a `Project`
@@ -240,7 +241,7 @@ class BatchRequest:
 
 
 # %% ../../nbs/57_annotate.plan.ipynb #d6f01593
-class AskingRequest(BatchRequest):
+class AskingPurchase(BatchPurchase):
     "A purchase that asks for pairs"
     def add(self, picks:Picks, why:Callable, scored:bool=False): # why: (n, k) → text
         "Ask for these pairs"
@@ -285,7 +286,7 @@ def start_pool(
     return replace(pool, available=pool.labeled | can), way, int(free.sum())
 
 # %% ../../nbs/57_annotate.plan.ipynb #52baf7bb
-class StartedPurchase(AskingRequest):
+class StartedPurchase(AskingPurchase):
     "A purchase whose first parts no score ranks"
     def start_all(self, features:np.ndarray|None): # (N, C); None: at random
         "All of it, where no task can be trained"

@@ -22,7 +22,8 @@ from .arrays import LabelsBeside
 from .files import content_hash
 from ..runs.schema import AFTER, LostLedger, TornLedger
 from ..runs.ledger import Entry, Ledger
-from .project import Project, keep_backup, keep_label, open_project, prices_now
+from .plan import prices_now
+from .project import Project, keep_backup, keep_label, open_project
 from .ask import is_asked, read_batch
 
 # %% ../../nbs/88_annotate.tell.ipynb #82e6aab5

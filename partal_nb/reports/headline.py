@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import write_atomic
-from .compare import interval
+from ..statistics import interval
 from .read import RunRecord, main_metrics, read_run, read_study
 from ..runs.folder import RunFolder
 
