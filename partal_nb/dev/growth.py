@@ -59,6 +59,8 @@ def blank_run(
     arrays = Arrays(images, NYU, blank(3), labels, np.ones((N, len(NYU)), bool))
     config = preset('demo', start_images=N//10, step_pairs=240)
     folder = RunFolder(folder)
+    tasks = [vars(t) for t in NYU]
+    write_json(folder.about_file, dict(config=vars(config), data=dict(name='synthetic'), tasks=tasks))
     return BlankRun(folder, config, arrays, Ledger(folder.ledger_file, images, NYU))
 
 # %% ../../nbs/76_dev.growth.ipynb #c000026a
@@ -83,8 +85,6 @@ def _select(r:BlankRun):
 
 # %% ../../nbs/76_dev.growth.ipynb #c000026d
 def _report(r:BlankRun):
-    tasks = [vars(t) for t in NYU]
-    write_json(r.folder.about_file, dict(config=vars(r.config), data=dict(name='synthetic'), tasks=tasks))
     labels = {t.name: r.config.start_images for t in NYU}
     for i in range(6):
         append_journal(r.folder.path, dict(
