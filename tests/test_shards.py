@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from partal_nb.commands.runs import score_beside
+from partal_nb.commands.sweeps import score_beside
 from partal_nb.config import config_hash, preset
 from partal_nb.runs import loop
 from partal_nb.runs.folder import RunFolder
