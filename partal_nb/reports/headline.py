@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'ORACLES', 'HEADLINE_COLUMNS', 'ALL', 'SAME', 'SAME_LENGTH', 'LEAST_SEEDS', 'HEADLINE_MARKS', 'HEAD',
-           'MEANING', 'change_in_percent', 'run_folders_of', 'beside', 'study_changes', 'changes', 'judged',
-           'signed_spread', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline', 'with_headline',
-           'update_headline']
+           'MEANING', 'change_in_percent', 'run_folders_of', 'beside', 'starts_alike', 'study_changes', 'changes',
+           'judged', 'signed_spread', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline',
+           'with_headline', 'update_headline']
 
 # %% ../../nbs/73a_reports.headline.ipynb #3ff65f6b
 from pathlib import Path
@@ -63,6 +63,14 @@ def beside(
         if differ: raise ValueError(f"{folder}: expected the settings of {study.name}, got another {differ}")
     return runs
 
+# %% ../../nbs/73a_reports.headline.ipynb #1abca487
+def starts_alike(
+    a:RunRecord,
+    b:RunRecord, # of the same seed
+)->bool: # have they the same metrics before anything is bought?
+    "Whether two runs of one seed can be paired"
+    return a.rounds[0]['metrics'] == b.rounds[0]['metrics']
+
 # %% ../../nbs/73a_reports.headline.ipynb #aba0ac4b
 def study_changes(
     folder:Path, # of the study
@@ -72,12 +80,12 @@ def study_changes(
     runs = [r for r in study.runs if r.config['rounds']]
     if not runs: return []
     later = beside(folder, CONTROL, runs[0], SAME_LENGTH)
-    control = {r.seed: r.rounds[-1]['metrics'] for r in [*runs, *later] if r.strategy == CONTROL}
+    control = {r.seed: r for r in [*runs, *later] if r.strategy == CONTROL}
     full = study.reference() or main_metrics(beside(folder, 'supervised', runs[0], SAME), study.tasks)
     rows = []
     for r in runs:
-        if r.strategy == CONTROL or r.seed not in control: continue
-        against = control[r.seed]
+        if r.strategy == CONTROL or r.seed not in control or not starts_alike(r, control[r.seed]): continue
+        against = control[r.seed].rounds[-1]['metrics']
         each = {t.name: change_in_percent(t, r.rounds[-1]['metrics'], against, full or against) for t in r.tasks}
         each = {ALL: sum(each.values())/len(each), **each}
         rows += [(folder.name, r.data['name'], r.strategy, r.seed, task, v) for task, v in each.items()]
