@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -469,6 +470,40 @@ def test_an_implausible_depth_is_said_with_numbers(tmp_path):
     note = check(folder, progress=False).notes[-1]
     assert note.startswith('warning: depth: median 0.') and 'is "scale" (meters a unit) right?' in note
 
+def told(folder, tmp_path): # a folder of one's own → what becomes of its labels as answers, and the project
+    "Its photographs are asked for in all tasks; what it states of its labels is stated beside them"
+    tasks, how = zip(*(split_entry(entry) for entry in json.loads((folder/'tasks.json').read_text())))
+    shutil.copytree(folder/'rgb', tmp_path/'asked/rgb')
+    write_json(tmp_path/'asked/tasks.json', tasks)
+    p = init(tmp_path/'asked', tmp_path/'asking', tmp_path/'asked/tasks.json', **TINY)
+    ask(p.folder, budget=len(p.images)*len(tasks), progress=False)
+    for task, stated in zip(tasks, how):
+        shutil.copytree(folder/task['name'], tmp_path/f"back/{task['name']}/labels")
+        write_json(tmp_path/f"back/{task['name']}/format.json", stated)
+    return tell(p.folder, 1, tmp_path/'back'), p
+
+def test_an_answer_to_a_photograph_that_is_turned_or_of_16_bits(tmp_path):
+    "It fits what the annotator was shown"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, deep = np.zeros((H, W, 3), np.uint8), np.uint16(np.arange(H*W).reshape(H, W)*680)
+    write_json(tmp_path/'mine/tasks.json', [SALIENCY])
+    for name, a, kw in ('x', turned, dict(exif=exif)), ('y', deep, {}):
+        Image.fromarray(a).save(f := io.BytesIO(), 'png', **kw)
+        write_atomic(tmp_path/f'mine/rgb/{name}.png', f.getvalue())
+    masks = dict(x=np.ascontiguousarray(MASK.T), y=MASK)
+    for name, mask in masks.items(): write_atomic(tmp_path/f'mine/saliency/{name}.png', png(mask))
+    imported, p = told(tmp_path/'mine', tmp_path)
+    assert not imported.refused
+    assert all(close(kept(p, 'saliency', name), mask) for name, mask in masks.items())
+
+def test_an_answer_belongs_to_its_image_however_umlauts_are_composed(tmp_path):
+    folder = made(tmp_path/'mine', [SALIENCY], [('saliency/Tu\u0308r.png', png(MASK))])
+    (folder/'rgb/x.png').rename(folder/'rgb/Tür.png')
+    imported, p = told(folder, tmp_path)
+    assert not imported.refused and imported.missing == 1
+    assert close(kept(p, 'saliency', 'Tür'), MASK)
+
 @pytest.fixture(scope='session')
 def cases(shared)->Path:
     "Small inputs on which readers of labels go wrong, beside the sample data"
@@ -497,6 +532,18 @@ def test_a_handed_case_is_refused_at_every_door(name, cases, tmp_path):
         with pytest.raises(ValueError) as e: door()
         assert why in str(e.value)
 
+TOLD = {'04': 1, '05': 2} # labels that are right as they are, beside those that are refused
+
+@pytest.mark.parametrize('name', sorted({*REFUSED} - {'07'})) # a project has no task like that of 07
+def test_an_answer_of_a_handed_case_is_refused(name, cases, tmp_path):
+    n, why = REFUSED[name]
+    folder = copied(cases, name, tmp_path)
+    imported, _ = told(folder, tmp_path)
+    whys = [text for task, text in imported.refused]
+    assert len(whys) == n and all(why in text and f'(task {task})' in text for task, text in imported.refused), whys
+    first = json.loads((folder/'tasks.json').read_text())[0]['name']
+    assert sum(pair.task == first for pair in imported.took.get('told', ())) == TOLD.get(name, 0)
+
 @pytest.mark.parametrize('name', ['03', '08', '21'])
 def test_a_handed_case_is_read_rightly(name, cases, tmp_path):
     folder = copied(cases, name, tmp_path)
@@ -504,6 +551,12 @@ def test_a_handed_case_is_read_rightly(name, cases, tmp_path):
     dataset = prepare(folder, tmp_path/'p', progress=False)
     labeled = {i for t in dataset.tasks for i in dataset.ids(t)}
     assert labeled == set(dataset.ids('rgb'))
+    imported, p = told(folder, tmp_path)
+    assert not imported.refused and not imported.missing
+    by_init = init(folder, tmp_path/'project', **TINY)
+    for i, t in product(dataset.ids('rgb'), dataset.tasks):
+        assert np.array_equal(kept(p, t, i), dataset.label(i, t))
+        if i in by_init.images: assert np.array_equal(kept(by_init, t, i), dataset.label(i, t))
     if name != '03': return
     for i in dataset.ids('rgb'):
         bright = dataset.rgb(i).mean(2) > 128
