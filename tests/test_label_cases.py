@@ -304,6 +304,32 @@ def test_a_folder_with_tasks_in_toml_is_read_as_it_states(tmp_path):
     assert close(by_prepare(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
     assert close(by_init(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
 
+@pytest.mark.parametrize('file,text', [
+    ('tasks.json', json.dumps([DEPTH | dict(scale=1/256)])),
+    ('tasks.toml', '[[tasks]]\nname = "depth"\nscale = 0.00390625')])
+def test_a_file_of_tasks_may_begin_with_a_byte_order_mark(file, text, tmp_path):
+    folder = came(tmp_path/'mine', DEPTH, '.png', png(np.uint16(METERS*256)))
+    (folder/'tasks.json').unlink()
+    (folder/file).write_text('\ufeff' + text)
+    assert check(folder, progress=False).faults == []
+    assert close(by_prepare(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
+    assert close(kept(init(folder, tmp_path/'project', folder/file, **TINY), 'depth'), np.uint16(METERS*256)/256)
+
+def test_a_misspelled_key_is_refused_with_those_that_there_are(tmp_path):
+    folder = came(tmp_path/'mine', DEPTH | dict(sclae=1/256), '.png', png(np.uint16(METERS*256)))
+    fault, = check(folder, progress=False).faults
+    for door in (by_prepare, by_init, by_init_with_a_file):
+        with pytest.raises(ValueError, match=r"unknown task keys \['sclae'\]; there are .*'scale'"):
+            door(folder, 'depth', tmp_path)
+    assert "unknown task keys ['sclae']" in fault.what and str(folder/'tasks.json') in fault.what
+
+def test_folders_of_labels_that_are_called_otherwise_are_not_dropped(tmp_path):
+    folder = made(tmp_path/'mine', [SEMSEG], [('masks/x.png', png(np.uint8(IDS)))])
+    assert 'left out: 1 files of masks/, e.g. x.png' in check(folder, progress=False).notes
+    with pytest.raises(FileNotFoundError, match='no folder of labels; expected a folder with rgb/ and any of semseg/'):
+        by_prepare(folder, 'semseg', tmp_path)
+    with pytest.raises(ValueError, match='there is nothing to label'): by_init(folder, 'semseg', tmp_path)
+
 def test_an_export_of_cvat_is_not_taken_for_voc(tmp_path):
     for name in ('JPEGImages/x.jpg', 'SegmentationClass/x.png', 'labelmap.txt'): write_atomic(tmp_path/name, b'')
     assert 'is in no known layout' in check(tmp_path, progress=False).faults[0].what
@@ -456,6 +482,18 @@ def test_nyuv2_as_later_work_keeps_it_is_read_alike(tmp_path):
     assert list(a.tasks) == list(b.tasks) == ['semseg', 'depth', 'normals', 'edges']
     assert b.tasks['edges'].metric == 'odsf_nyuv2'
     for t in a.tasks: assert np.allclose(a.label('0001', t), b.label('0001', t), atol=1e-6), t
+
+@pytest.mark.parametrize('layout,images,classes,shift', [
+    ('nyuv2_folder', 'rgb', 'seg40', 1), ('nyud_mt', 'images', 'segmentation', 1),
+    ('mtan', 'train/image', 'train/label', 0)])
+def test_derived_edges_of_nyuv2_have_its_tolerance(layout, images, classes, shift, tmp_path):
+    suffix, save = ('.npy', npy) if layout == 'mtan' else ('.png', png)
+    write_atomic(tmp_path/f'mine/{images}/x{suffix}', save(np.zeros((H, W, 3), np.uint8)))
+    write_atomic(tmp_path/f'mine/{classes}/x{suffix}', save(np.uint8(IDS + shift)))
+    for name in ('train', 'val'): # lists, as one of the layouts has them
+        write_atomic(tmp_path/f'mine/gt_sets/{name}.txt', b'x' if name == 'train' else b'')
+    dataset = prepare(tmp_path/'mine', tmp_path/'prepared', progress=False, derive=['edges'])
+    assert dataset.tasks['edges'].metric == 'odsf_nyuv2' and 'edges' in dataset.derived
 
 def test_a_folder_without_a_file_of_tasks_says_what_it_is_taken_for(tmp_path):
     write_atomic(tmp_path/'rgb/a.png', png(np.zeros((H, W, 3), np.uint8)))

@@ -84,7 +84,8 @@ def refuse_fixed_size(
     net:Any,       # timm's feature network, which may take images of one size only
     name:str,      # for the message
 ):
-    "Try two sizes before anything is trained"
+    "Try two sizes before anything is trained, where the network may be made for one"
+    if not any(map(net.default_cfg.get, ('fixed_input_size', 'min_input_size'))): return
     training = net.training
     net.eval()
     try:
@@ -114,8 +115,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.net, self.weights = backbone(name, pretrained)
         self.choose_levels(name)
-        limits = map(self.net.default_cfg.get, ('fixed_input_size', 'min_input_size'))
-        if any(limits): refuse_fixed_size(self.net, name)
+        refuse_fixed_size(self.net, name)
         hrnet = name.startswith('hrnet')
         narrow = lambda c: nn.Identity() if hrnet else nn.Conv2d(c, lateral, 1)
         self.lateral = nn.ModuleList(narrow(c) for c in self.widths)
