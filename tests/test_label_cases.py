@@ -330,6 +330,16 @@ def test_folders_of_labels_that_are_called_otherwise_are_not_dropped(tmp_path):
         by_prepare(folder, 'semseg', tmp_path)
     with pytest.raises(ValueError, match='there is nothing to label'): by_init(folder, 'semseg', tmp_path)
 
+def test_photographs_may_lie_behind_a_link(tmp_path):
+    folder = came(tmp_path/'mine', SEMSEG, '.png', png(np.uint8(IDS)))
+    by_link = prepare(folder, tmp_path/'prepared', progress=False).path
+    for data in (folder, by_link):
+        (data/'rgb').rename(tmp_path/f'photographs of {data.name}')
+        (data/'rgb').symlink_to(tmp_path/f'photographs of {data.name}')
+        assert check(data, progress=False).faults == []
+        p = init(data, tmp_path/f'project of {data.name}', **TINY)
+        assert close(kept(p, 'semseg'), IDS) and Dataset(by_link).rgb('x').max() == 99
+
 def test_an_export_of_cvat_is_not_taken_for_voc(tmp_path):
     for name in ('JPEGImages/x.jpg', 'SegmentationClass/x.png', 'labelmap.txt'): write_atomic(tmp_path/name, b'')
     assert 'is in no known layout' in check(tmp_path, progress=False).faults[0].what

@@ -313,6 +313,18 @@ def test_a_broken_mat_file_is_named(tmp_path):
     expected = "no 'anno' in it", 'not a whole .mat file (6 bytes)', "no 'tail' in it"
     for f, message in zip(faults, expected): assert message in f.what, f
 
+def test_a_mat_file_of_version_7_3_is_refused_with_its_cure(tmp_path):
+    p = tmp_path/'PASCAL_MT'
+    for i in ROOMS: save(p/f'JPEGImages/{i}.jpg', ROOMS[i]['rgb'])
+    lists(p, 'ImageSets/Context')
+    hdf5 = b'MATLAB 7.3 MAT-file'.ljust(124) + b'\0\2IM' + bytes(400)
+    for folder in ('human_parts', 'pascal-context/trainval'):
+        (p/folder).mkdir(parents=True)
+        (p/folder/'a1.mat').write_bytes(hdf5)
+    faults = check(p, progress=False).faults
+    assert [(f.image, f.task) for f in faults] == [('a1', 'parts'), ('a1', 'edges')]
+    assert all("of version 7.3 (HDF5); save it in MATLAB with save(name, '-v7')" in f.what for f in faults)
+
 def spoil(file): # what the cache looks at stays: size and time
     time = file.stat().st_mtime_ns
     file.write_bytes(bytes(file.stat().st_size))
