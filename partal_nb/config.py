@@ -24,7 +24,7 @@ class DataConfig:
     width:int=128                # likewise
     pool_images:int=0            # use only the first so many training images; 0: all
     test_images:int=0            # use only the first so many test images; 0: all
-    extra_metrics:tuple[str, ...]=() # `injection` (last round), `quality` of the uncertainty (each round)
+    extra_metrics:tuple[str, ...]=() # `injection` (last round); each round: `quality` of the uncertainty, `own_size`
     val_images:int=0             # evaluate on so many images held out of train, not on test: to choose by metrics
     views:float=0.               # rooms: view counts fall as rank^-views, e.g. 1.1 (redundant); 0: one view a room
     rare:float=0.                # rooms: share of them that is full of what others hardly have
@@ -115,7 +115,7 @@ CHOICES:dict[str, tuple] = dict(
     normalizer=('minmax', 'quantile', 'anchor', 'rank', 'refit', 'none', 'calibrated'),
     unit=('', 'pair', 'image'),
     start_by=('random', 'k_center', 'typical', 'herding'))
-EXTRA_METRICS = 'injection', 'quality'
+EXTRA_METRICS = 'injection', 'quality', 'own_size'
 BELOW_1 = 'dropout', 'inject_prob', 'pseudo', 'ema', 'rare'
 AT_LEAST = dict(
     seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, score_images=0, start_images=1,

@@ -236,6 +236,8 @@ def own_task(
     "The task that an entry of `tasks.json` describes"
     d, _ = split_entry(d)
     if 'form' in d or 'kind' in d: return task_from_dict(d)
+    known = [f.name for f in (*fields(Task), *fields(Encoding))][:-1]
+    if wrong := sorted(set(d) - set(known)): raise ValueError(f"unknown task keys {wrong}; there are {known}")
     if d['name'] != 'semseg': return standard_task(**d)
     rest = {k: v for k, v in d.items() if k not in ('name', 'classes')}
     return semseg_task(d.get('classes', ()), **rest)

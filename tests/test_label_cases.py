@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,42 @@ def test_a_folder_with_tasks_in_toml_is_read_as_it_states(tmp_path):
     assert close(by_prepare(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
     assert close(by_init(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
 
+@pytest.mark.parametrize('file,text', [
+    ('tasks.json', json.dumps([DEPTH | dict(scale=1/256)])),
+    ('tasks.toml', '[[tasks]]\nname = "depth"\nscale = 0.00390625')])
+def test_a_file_of_tasks_may_begin_with_a_byte_order_mark(file, text, tmp_path):
+    folder = came(tmp_path/'mine', DEPTH, '.png', png(np.uint16(METERS*256)))
+    (folder/'tasks.json').unlink()
+    (folder/file).write_text('\ufeff' + text)
+    assert check(folder, progress=False).faults == []
+    assert close(by_prepare(folder, 'depth', tmp_path), np.uint16(METERS*256)/256)
+    assert close(kept(init(folder, tmp_path/'project', folder/file, **TINY), 'depth'), np.uint16(METERS*256)/256)
+
+def test_a_misspelled_key_is_refused_with_those_that_there_are(tmp_path):
+    folder = came(tmp_path/'mine', DEPTH | dict(sclae=1/256), '.png', png(np.uint16(METERS*256)))
+    fault, = check(folder, progress=False).faults
+    for door in (by_prepare, by_init, by_init_with_a_file):
+        with pytest.raises(ValueError, match=r"unknown task keys \['sclae'\]; there are .*'scale'"):
+            door(folder, 'depth', tmp_path)
+    assert "unknown task keys ['sclae']" in fault.what and str(folder/'tasks.json') in fault.what
+
+def test_folders_of_labels_that_are_called_otherwise_are_not_dropped(tmp_path):
+    folder = made(tmp_path/'mine', [SEMSEG], [('masks/x.png', png(np.uint8(IDS)))])
+    assert 'left out: 1 files of masks/, e.g. x.png' in check(folder, progress=False).notes
+    with pytest.raises(FileNotFoundError, match='no folder of labels; expected a folder with rgb/ and any of semseg/'):
+        by_prepare(folder, 'semseg', tmp_path)
+    with pytest.raises(ValueError, match='there is nothing to label'): by_init(folder, 'semseg', tmp_path)
+
+def test_photographs_may_lie_behind_a_link(tmp_path):
+    folder = came(tmp_path/'mine', SEMSEG, '.png', png(np.uint8(IDS)))
+    by_link = prepare(folder, tmp_path/'prepared', progress=False).path
+    for data in (folder, by_link):
+        (data/'rgb').rename(tmp_path/f'photographs of {data.name}')
+        (data/'rgb').symlink_to(tmp_path/f'photographs of {data.name}')
+        assert check(data, progress=False).faults == []
+        p = init(data, tmp_path/f'project of {data.name}', **TINY)
+        assert close(kept(p, 'semseg'), IDS) and Dataset(by_link).rgb('x').max() == 99
+
 def test_an_export_of_cvat_is_not_taken_for_voc(tmp_path):
     for name in ('JPEGImages/x.jpg', 'SegmentationClass/x.png', 'labelmap.txt'): write_atomic(tmp_path/name, b'')
     assert 'is in no known layout' in check(tmp_path, progress=False).faults[0].what
@@ -456,6 +493,18 @@ def test_nyuv2_as_later_work_keeps_it_is_read_alike(tmp_path):
     assert b.tasks['edges'].metric == 'odsf_nyuv2'
     for t in a.tasks: assert np.allclose(a.label('0001', t), b.label('0001', t), atol=1e-6), t
 
+@pytest.mark.parametrize('layout,images,classes,shift', [
+    ('nyuv2_folder', 'rgb', 'seg40', 1), ('nyud_mt', 'images', 'segmentation', 1),
+    ('mtan', 'train/image', 'train/label', 0)])
+def test_derived_edges_of_nyuv2_have_its_tolerance(layout, images, classes, shift, tmp_path):
+    suffix, save = ('.npy', npy) if layout == 'mtan' else ('.png', png)
+    write_atomic(tmp_path/f'mine/{images}/x{suffix}', save(np.zeros((H, W, 3), np.uint8)))
+    write_atomic(tmp_path/f'mine/{classes}/x{suffix}', save(np.uint8(IDS + shift)))
+    for name in ('train', 'val'): # lists, as one of the layouts has them
+        write_atomic(tmp_path/f'mine/gt_sets/{name}.txt', b'x' if name == 'train' else b'')
+    dataset = prepare(tmp_path/'mine', tmp_path/'prepared', progress=False, derive=['edges'])
+    assert dataset.tasks['edges'].metric == 'odsf_nyuv2' and 'edges' in dataset.derived
+
 def test_a_folder_without_a_file_of_tasks_says_what_it_is_taken_for(tmp_path):
     write_atomic(tmp_path/'rgb/a.png', png(np.zeros((H, W, 3), np.uint8)))
     write_atomic(tmp_path/'depth/a.png', png(np.uint16(METERS*1000)))
@@ -468,6 +517,40 @@ def test_an_implausible_depth_is_said_with_numbers(tmp_path):
     folder = came(tmp_path, DEPTH, '.png', png(np.uint16(METERS*50))) # 1/50 m, read as millimeters
     note = check(folder, progress=False).notes[-1]
     assert note.startswith('warning: depth: median 0.') and 'is "scale" (meters a unit) right?' in note
+
+def told(folder, tmp_path): # a folder of one's own → what becomes of its labels as answers, and the project
+    "Its photographs are asked for in all tasks; what it states of its labels is stated beside them"
+    tasks, how = zip(*(split_entry(entry) for entry in json.loads((folder/'tasks.json').read_text())))
+    shutil.copytree(folder/'rgb', tmp_path/'asked/rgb')
+    write_json(tmp_path/'asked/tasks.json', tasks)
+    p = init(tmp_path/'asked', tmp_path/'asking', tmp_path/'asked/tasks.json', **TINY)
+    ask(p.folder, budget=len(p.images)*len(tasks), progress=False)
+    for task, stated in zip(tasks, how):
+        shutil.copytree(folder/task['name'], tmp_path/f"back/{task['name']}/labels")
+        write_json(tmp_path/f"back/{task['name']}/format.json", stated)
+    return tell(p.folder, 1, tmp_path/'back'), p
+
+def test_an_answer_to_a_photograph_that_is_turned_or_of_16_bits(tmp_path):
+    "It fits what the annotator was shown"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, deep = np.zeros((H, W, 3), np.uint8), np.uint16(np.arange(H*W).reshape(H, W)*680)
+    write_json(tmp_path/'mine/tasks.json', [SALIENCY])
+    for name, a, kw in ('x', turned, dict(exif=exif)), ('y', deep, {}):
+        Image.fromarray(a).save(f := io.BytesIO(), 'png', **kw)
+        write_atomic(tmp_path/f'mine/rgb/{name}.png', f.getvalue())
+    masks = dict(x=np.ascontiguousarray(MASK.T), y=MASK)
+    for name, mask in masks.items(): write_atomic(tmp_path/f'mine/saliency/{name}.png', png(mask))
+    imported, p = told(tmp_path/'mine', tmp_path)
+    assert not imported.refused
+    assert all(close(kept(p, 'saliency', name), mask) for name, mask in masks.items())
+
+def test_an_answer_belongs_to_its_image_however_umlauts_are_composed(tmp_path):
+    folder = made(tmp_path/'mine', [SALIENCY], [('saliency/Tu\u0308r.png', png(MASK))])
+    (folder/'rgb/x.png').rename(folder/'rgb/Tür.png')
+    imported, p = told(folder, tmp_path)
+    assert not imported.refused and imported.missing == 1
+    assert close(kept(p, 'saliency', 'Tür'), MASK)
 
 @pytest.fixture(scope='session')
 def cases(shared)->Path:
@@ -497,6 +580,18 @@ def test_a_handed_case_is_refused_at_every_door(name, cases, tmp_path):
         with pytest.raises(ValueError) as e: door()
         assert why in str(e.value)
 
+TOLD = {'04': 1, '05': 2} # labels that are right as they are, beside those that are refused
+
+@pytest.mark.parametrize('name', sorted({*REFUSED} - {'07'})) # a project has no task like that of 07
+def test_an_answer_of_a_handed_case_is_refused(name, cases, tmp_path):
+    n, why = REFUSED[name]
+    folder = copied(cases, name, tmp_path)
+    imported, _ = told(folder, tmp_path)
+    whys = [text for task, text in imported.refused]
+    assert len(whys) == n and all(why in text and f'(task {task})' in text for task, text in imported.refused), whys
+    first = json.loads((folder/'tasks.json').read_text())[0]['name']
+    assert sum(pair.task == first for pair in imported.took.get('told', ())) == TOLD.get(name, 0)
+
 @pytest.mark.parametrize('name', ['03', '08', '21'])
 def test_a_handed_case_is_read_rightly(name, cases, tmp_path):
     folder = copied(cases, name, tmp_path)
@@ -504,6 +599,12 @@ def test_a_handed_case_is_read_rightly(name, cases, tmp_path):
     dataset = prepare(folder, tmp_path/'p', progress=False)
     labeled = {i for t in dataset.tasks for i in dataset.ids(t)}
     assert labeled == set(dataset.ids('rgb'))
+    imported, p = told(folder, tmp_path)
+    assert not imported.refused and not imported.missing
+    by_init = init(folder, tmp_path/'project', **TINY)
+    for i, t in product(dataset.ids('rgb'), dataset.tasks):
+        assert np.array_equal(kept(p, t, i), dataset.label(i, t))
+        if i in by_init.images: assert np.array_equal(kept(by_init, t, i), dataset.label(i, t))
     if name != '03': return
     for i in dataset.ids('rgb'):
         bright = dataset.rgb(i).mean(2) > 128

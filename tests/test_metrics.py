@@ -123,6 +123,17 @@ def test_max_iou(seed, void, stride):
     assert got['maxf'] == pytest.approx(100*f.mean(1).max(), abs=1e-3)
     assert got['threshold'] == THRESHOLDS[iou.mean(1).argmax()]
 
+def test_maxf_both_ways_under_two_names():
+    "Two images: precision 1 and 1/2, recall 1/2 and 1; F of the means is .75, the mean of F is 2/3"
+    x = torch.full((2, 1, 1, 4), -9.)
+    x[0, 0, 0, :1] = x[1, 0, 0, :4] = 9
+    y = torch.zeros(2, 1, 1, 4)
+    y[:, 0, 0, :2] = 1
+    mean_f = computed(standard_task('saliency'), [(x, y)])
+    f_of_means = computed(standard_task('saliency', metric='maxf_of_means'), [(x, y)])
+    assert mean_f['maxf'] == pytest.approx(100*2/3, abs=1e-3)
+    assert f_of_means['maxf_of_means'] == pytest.approx(75, abs=1e-3) and 'maxf' not in f_of_means
+
 EVERY = [semseg_task('abcde')] + [standard_task(name) for name in ('depth', 'normals', 'edges', 'saliency', 'parts')]
 
 @pytest.mark.parametrize('task', EVERY, ids=lambda t: t.name)

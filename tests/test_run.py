@@ -28,11 +28,12 @@ from partal_nb.config import preset
 from partal_nb.data.walks import prepare_rooms
 from partal_nb.data.labels import png_bytes
 from partal_nb.data.dataset import INDEX, Dataset
+from partal_nb.training.own_size import evaluate_own_size
 from partal_nb.training.hooks import Checkpoint, Hook, StopAt
 from partal_nb.uncertainty.acquisition import SCORES
 from partal_nb.select.strategy import STRATEGIES
 from partal_nb.runs.checks import load_data, pair_acquisition, split_images
-from partal_nb.runs.folder import is_finished
+from partal_nb.runs.folder import RunFolder, is_finished
 from partal_nb.runs.journal import read_journal
 from partal_nb.runs.ledger import read_labeled
 from partal_nb.runs.loop import run
@@ -50,6 +51,15 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('PARTAL_CACHE', str(tmp_path_factory.mktemp('cache')))
         yield
+
+def test_a_run_scores_at_the_photographs_own_size_on_request(tmp_path):
+    config = replace(TINY, rounds=0, extra_metrics=('own_size',))
+    data, *_ = load_data(config, progress=False)
+    line, = read_journal(run(config, tmp_path/'run', progress=False))
+    model = RunFolder(tmp_path/'run').load_model(0)
+    images = split_images(config, data)[1]
+    assert line['own_size'] == evaluate_own_size(model, data, images, config.height, config.width, progress=False)
+    assert all(line['own_size'][t] != line['metrics'][t] for t in ('depth', 'normals')) # 96 × 128 and 48 × 64
 
 def refuse_pickle(event, args):
     if event == 'pickle.find_class': raise RuntimeError(f'unpickled {args}')

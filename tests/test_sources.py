@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -18,13 +19,15 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from scipy.ndimage import binary_dilation, maximum_filter, minimum_filter
 from torch import nn
+from typer.testing import CliRunner
 
+from partal_nb.cli import app
 from partal_nb.data.rooms import ROOM_TASKS, render_room, room_scene
 from partal_nb.data.dataset import INDEX, PLAN, Dataset, verify, write_dataset
 from partal_nb.data.dataset import current_index, fingerprint, version_1_index
 from partal_nb.data.arrays import load_arrays, unit_rgb
 from partal_nb.data.derive import edges_from_ids, normals_from_depth
-from partal_nb.data.mat import INDOOR, NYU40, merged_parts
+from partal_nb.data.mat import INDOOR, NYU40, NYU_MAT, merged_parts
 from partal_nb.data.folders import FOLDER_LAYOUTS, Folder, read_folder
 from partal_nb.data.prepare import check, detect, open_data, open_source
 from partal_nb.data.walks import prepare_rooms
@@ -312,6 +315,41 @@ def test_a_broken_mat_file_is_named(tmp_path):
     assert [(f.image, f.task) for f in faults] == [('a1', 'parts'), ('b2', 'parts'), ('c3', 'parts')]
     expected = "no 'anno' in it", 'not a whole .mat file (6 bytes)', "no 'tail' in it"
     for f, message in zip(faults, expected): assert message in f.what, f
+
+def test_a_mat_file_of_version_7_3_is_refused_with_its_cure(tmp_path):
+    p = tmp_path/'PASCAL_MT'
+    for i in ROOMS: save(p/f'JPEGImages/{i}.jpg', ROOMS[i]['rgb'])
+    lists(p, 'ImageSets/Context')
+    hdf5 = b'MATLAB 7.3 MAT-file'.ljust(124) + b'\0\2IM' + bytes(400)
+    for folder in ('human_parts', 'pascal-context/trainval'):
+        (p/folder).mkdir(parents=True)
+        (p/folder/'a1.mat').write_bytes(hdf5)
+    faults = check(p, progress=False).faults
+    assert [(f.image, f.task) for f in faults] == [('a1', 'parts'), ('a1', 'edges')]
+    assert all("of version 7.3 (HDF5); save it in MATLAB with save(name, '-v7')" in f.what for f in faults)
+
+def test_where_the_files_beside_the_official_one_lie_can_be_said_on_the_command_line(tmp_path):
+    (tmp_path/'official').mkdir()
+    with h5py.File(tmp_path/'official'/NYU_MAT, 'w') as f:
+        f['images'] = np.stack([r['rgb'].transpose(2, 1, 0) for r in ROOMS.values()])
+        f['depths'] = np.stack([r['depth'].T for r in ROOMS.values()])
+        f['labels'] = np.stack([r['semseg'].T.astype(np.uint16) + 1 for r in ROOMS.values()])
+        names = f.create_dataset('names', (1, 40), h5py.ref_dtype)
+        for k in range(40):
+            f[f'#refs#/{k}'] = np.frombuffer(f'raw {k}'.encode(), np.uint8).astype(np.uint16)
+            names[0, k] = f[f'#refs#/{k}'].ref
+    save(tmp_path/'elsewhere/40.mat', dict(mapClass=np.arange(1, 41)[None]))
+    save(tmp_path/'elsewhere/mine.mat', dict(trainNdxs=[[3], [1]], testNdxs=[[2]]))
+    prepare = ['prepare', str(tmp_path/'official'), str(tmp_path/'prepared')]
+    mapping = f'--mapping={tmp_path}/elsewhere/40.mat'
+    splits = f'--splits={tmp_path}/elsewhere/mine.mat'
+    refused = CliRunner().invoke(app, [*prepare, mapping])
+    assert refused.exit_code and 'without splits.mat' in ' '.join(refused.output.split())
+    assert CliRunner().invoke(app, [*prepare, mapping, splits]).exit_code == 0
+    dataset = Dataset(tmp_path/'prepared')
+    assert dataset.splits == dict(train=['0001', '0003'], test=['0002'])
+    for i, room in enumerate(ROOMS.values(), 1):
+        assert np.array_equal(dataset.label(f'{i:04}', 'semseg')[..., 0], room['semseg'])
 
 def spoil(file): # what the cache looks at stays: size and time
     time = file.stat().st_mtime_ns

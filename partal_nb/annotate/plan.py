@@ -37,7 +37,7 @@ def read_plain(
     try:
         if not toml: return json.loads(path.read_bytes())
         import tomllib
-        return tomllib.loads(path.read_text('utf-8'))
+        return tomllib.loads(path.read_text('utf-8-sig'))
     except ValueError as e: raise ValueError(f"{path}: not {'TOML' if toml else 'JSON'}: {e}") from e
 
 # %% ../../nbs/57_annotate.plan.ipynb #647c77b7
@@ -160,6 +160,9 @@ def project_config(
     if idle:
         raise ValueError(f"config {idle}: only runs read that; a project asks with a budget or money, "
                          "and its prices stand in the file of its tasks")
+    if not tasks:
+        raise ValueError("there is nothing to label: no file of tasks is named, and no folder of labels lies beside "
+                         "the images; name a file, e.g. `partal init DATA --tasks tasks.toml`")
     names = tuple(t.name for t in tasks)
     given = dict(DEFAULTS, data='', tasks=names) | changes
     config = config_from_dict(given)

@@ -88,7 +88,7 @@ NYU_LAYOUTS = dict(
         Place(_DEPTH, 'depth/{id}.npy depth/{id}.png', meters),
         Place(_NORMALS, 'normals/{id}.npy normals/{id}.png', y_turned),
         Place(_NYU_EDGES, 'edge/{id}.npy edge/{id}.png', above_half)),
-        ('gt_sets/train.txt', 'gt_sets/val.txt'), NYU_LICENSE, ('normals', 'edges')),
+        ('gt_sets/train.txt', 'gt_sets/val.txt'), NYU_LICENSE, ('normals', 'edges'), _OF_NYU),
     mtan=FolderLayout('NYUv2, 13 classes', '{split}/image/{id}.npy', (
         Place(_NYU13, '{split}/label/{id}.npy', classes_or_void),
         Place(_DEPTH, '{split}/depth/{id}.npy', meters),
@@ -145,7 +145,7 @@ def _entries(file:Path)->list[dict]: # of tasks
     is_toml = file.suffix == '.toml'
     try: import tomllib
     except ModuleNotFoundError: import tomli as tomllib # Python 3.10
-    try: content = tomllib.loads(file.read_text('utf-8')) if is_toml else json.loads(file.read_bytes())
+    try: content = tomllib.loads(file.read_text('utf-8-sig')) if is_toml else json.loads(file.read_bytes())
     except ValueError as e: raise ValueError(f"{file}: not {'TOML' if is_toml else 'JSON'}: {e}") from e
     entries = content.get('tasks') if isinstance(content, dict) else content # beside them: prices of a project
     is_list = isinstance(entries, list) and len(entries) > 0
@@ -372,6 +372,7 @@ def read_folder(
 )->Dataset:
     "Prepare a data set from a folder"
     folder = Folder(path, layout, derive, resize)
+    if not folder.tasks: raise FileNotFoundError(f"{path}: no folder of labels; expected {layout.looks_like}")
     lost = [i for i in images_of(folder.splits) if not folder.has(i, 'rgb')]
     if lost:
         raise FileNotFoundError(f"{path}: {len(lost)} images that the lists name "

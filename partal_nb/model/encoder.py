@@ -84,7 +84,8 @@ def refuse_fixed_size(
     net:Any,       # timm's feature network, which may take images of one size only
     name:str,      # for the message
 ):
-    "Try two sizes before anything is trained"
+    "Try two sizes before anything is trained, where the network may be made for one"
+    if not any(map(net.default_cfg.get, ('fixed_input_size', 'min_input_size'))): return
     training = net.training
     net.eval()
     try:
@@ -92,7 +93,8 @@ def refuse_fixed_size(
             for size in ((96, 160), (160, 224)): net(torch.zeros(1, 3, *size))
     except (AssertionError, RuntimeError, ValueError) as e:
         height, width = net.default_cfg['input_size'][1:]
-        raise ValueError(f"encoder {name!r}: it takes images of {height}x{width} only ({e}), expected one for any "
+        why = str(e) or 'at other sizes it fails'
+        raise ValueError(f"encoder {name!r}: it takes images of {height}x{width} only ({why}), expected one for any "
                          "size; take e.g. lite0, resnet18, hrnet_w18_small_v2, convnext_atto, swin_s3_tiny_224") from e
     finally: net.train(training)
 
@@ -113,7 +115,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.net, self.weights = backbone(name, pretrained)
         self.choose_levels(name)
-        if self.net.default_cfg.get('fixed_input_size'): refuse_fixed_size(self.net, name)
+        refuse_fixed_size(self.net, name)
         hrnet = name.startswith('hrnet')
         narrow = lambda c: nn.Identity() if hrnet else nn.Conv2d(c, lateral, 1)
         self.lateral = nn.ModuleList(narrow(c) for c in self.widths)

@@ -32,6 +32,7 @@ from ..training.checkpoint import load_checkpoint, save_checkpoint
 from ..training.hooks import Pseudo, warn_of_mix
 from ..training.trainer import resolved, train
 from ..training.evaluate import Constant, evaluate, image_errors
+from ..training.own_size import evaluate_own_size
 from ..uncertainty.scale import calibrations
 from ..uncertainty.shards import ShardedAcquisition, in_shards
 from ..uncertainty.quality import uncertainty_quality
@@ -50,6 +51,7 @@ class OpenRun:
     "An open run: its folder, its data, its ledger"
     folder:RunFolder
     config:RunConfig
+    dataset:Dataset
     arrays:Arrays      # N images that can be labeled, K tasks
     test:Arrays        # images that metrics are measured on
     ledger:Ledger
@@ -82,7 +84,7 @@ def open_run(
         with Ledger(folder.ledger_file, arrays.images, arrays.tasks) as ledger:
             check_labels(ledger, Pool.of(arrays, ledger.labeled()))
             load = time.perf_counter() - began
-            yield OpenRun(folder, config, arrays, test, ledger, progress, tuple(hooks), load)
+            yield OpenRun(folder, config, data.dataset, arrays, test, ledger, progress, tuple(hooks), load)
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000143
 def _reveal(run:OpenRun, picks:Picks, r:int, source:str):
@@ -195,6 +197,9 @@ def _evaluate(run:OpenRun, r:int, models:list[PADNet])->dict:
                              for names in _subsets(run.arrays.tasks)}
     if 'quality' in extra:
         found['quality'] = {str(T): _quality(run, r, models, T) for T in _pass_counts(run.config)}
+    if 'own_size' in extra:
+        size = run.config.height, run.config.width
+        found['own_size'] = evaluate_own_size(models[0], run.dataset, run.test.images, *size, progress=False)
     return found
 
 # %% ../../nbs/64_runs.loop.ipynb #c000014c

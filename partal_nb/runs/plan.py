@@ -65,7 +65,7 @@ def read_plan(
 )->StudyPlan:
     "The plan in a file"
     path = Path(path)
-    try: content = tomllib.loads(path.read_text('utf-8'))
+    try: content = tomllib.loads(path.read_text('utf-8-sig'))
     except ValueError as e: raise ValueError(f"{path}: not TOML: {e}") from e
     names = [f.name for f in fields(StudyPlan) if f.name != 'name']
     given = PLAN_DEFAULTS | content
