@@ -94,8 +94,8 @@ def _locked(p:Project):
 # %% ../../nbs/87_annotate.ask.ipynb #22ce9070
 def ask(
     folder,             # of the project
-    budget:int=None,    # pairs to pay for
-    money:float=None,   # or money, in the unit of the prices
+    budget:int|None=None,  # pairs to pay for
+    money:float|None=None, # or money, in the unit of the prices
     currency:str='',    # refused if it is not the unit of the prices
     progress:bool=True, # show bars
     images:str='auto',  # how they reach the tool, where its format can link them: see `image_base`

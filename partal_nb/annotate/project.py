@@ -14,7 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import numpy as np
 
@@ -225,7 +225,7 @@ def open_project(
     about = files.about
     lacking = load_recorded(about['imports'])
     try:
-        plain = {k: about[k] for k in PLAIN} | dict(imports=where_now(about['imports']))
+        plain:dict[str, Any] = {k: about[k] for k in PLAIN} | dict(imports=where_now(about['imports']))
         for k in ('images', 'val', 'removed'): plain[k] = tuple(plain[k])
         tasks = tuple(map(task_from_dict, about['tasks']))
         prices = prices_from_dict(about['prices'])
@@ -378,7 +378,7 @@ def _lost_labels(p:Project, ledger:Ledger)->tuple: # pairs
 def load_labels(
     p:Project,
     ledger:Ledger,
-    upto:int=None,        # up to and including this event; None: all
+    upto:int|None=None,   # up to and including this event; None: all
     away:Changed|None=None, # what changed on disk; None: look
 ): # -> Arrays, of the M images that are there; Arrays, to evaluate on; (M, K) bool, the pairs to train on
     "All that a network is trained and evaluated on"
