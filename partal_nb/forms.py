@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEPTH_RANGE', 'MOST_MM', 'FORMS', 'FileForm', 'is_one_of', 'ReadForm', 'masked_mean', 'NetworkForm', 'Form',
-           'Discrete', 'Classes', 'YesNo', 'Distance', 'unit_or_void', 'Direction', 'angle_texts', 'Values', 'get_form']
+           'Discrete', 'Classes', 'YesNo', 'Distance', 'unit_or_void', 'Direction', 'angle_texts', 'Values', 'get_form',
+           'register_form']
 
 # %% ../nbs/02_forms.ipynb #1a0335e4
 from functools import lru_cache
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 
-from .core import distinct_colors
+from .core import add_entry, distinct_colors
 
 # %% ../nbs/02_forms.ipynb #ee505e83
 class FileForm(str):
@@ -380,12 +381,8 @@ def text(self:Direction, task, y, void)->np.ndarray:
 class Values(Form):
     "Numbers in a unit of their own"
 
-FORMS:dict[str, Form] = dict(
-    classes=Classes('classes'),
-    yes_no=YesNo('yes_no'),
-    distance=Distance('distance'),
-    direction=Direction('direction'),
-    values=Values('values'))
+FORMS:dict[str, Form] = {form: form for form in (
+    Classes('classes'), YesNo('yes_no'), Distance('distance'), Direction('direction'), Values('values'))}
 
 # %% ../nbs/02_forms.ipynb #ea2d0c69
 def get_form(
@@ -394,3 +391,10 @@ def get_form(
     "The form called `name`"
     if name not in FORMS: raise ValueError(f"unknown form {name!r}; there are {list(FORMS)}")
     return FORMS[name]
+
+# %% ../nbs/02_forms.ipynb #c7fa6303
+def register_form(
+    form:Form, # one of your own, e.g. `Bearing('bearing')`
+):
+    "Make a form known by its name; a taken name is refused"
+    add_entry(FORMS, form, form, 'form', type)

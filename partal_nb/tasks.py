@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'METRICS', 'LOWER_IS_BETTER', 'METRIC_NAMES', 'KIND_OF_FORM', 'PARTS', 'TASK_COLORS', 'STANDARD_TASKS',
-           'CONVENTIONS', 'ENCODING_KEYS', 'DEPTH_BAND', 'TOP', 'Task', 'form_of_kind', 'task_to_version_1',
-           'semseg_task', 'standard_task', 'task_from_dict', 'Encoding', 'split_entry', 'own_task', 'make_encoding',
-           'Pair']
+           'CONVENTIONS', 'ENCODING_KEYS', 'DEPTH_BAND', 'MOST_16_BIT', 'Task', 'form_of_kind', 'task_to_version_1',
+           'semseg_task', 'standard_task', 'task_from_dict', 'Encoding', 'split_entry', 'own_task', 'register_task',
+           'make_encoding', 'Pair']
 
 # %% ../nbs/03_tasks.ipynb #c000000c
 import math
@@ -24,20 +24,16 @@ from .forms import (
 # %% ../nbs/03_tasks.ipynb #a88c7546
 LOSSES = dict(          # name -> the forms that it is for
     cross_entropy=('classes',),
-    balanced_bce=('yes_no',),
-    edge_bce=('yes_no',),
+    balanced_bce=('yes_no',), edge_bce=('yes_no',),
     l1=('distance', 'values'),
     l1_unit=('direction',))
 METRICS = dict(         # likewise
-    miou=('classes',),
-    parts_miou=('classes',),
-    max_iou=('yes_no',),
-    maxf_of_means=('yes_no',),
+    miou=('classes',), parts_miou=('classes',),
+    max_iou=('yes_no',), maxf_of_means=('yes_no',),
     odsf=('yes_no',), odsf_nyuv2=('yes_no',),
-    rmse=('distance', 'direction', 'values'),
-    angle=('direction', 'values'))
+    rmse=('distance', 'direction', 'values'), angle=('direction', 'values'))
 LOWER_IS_BETTER = ['rmse', 'angle']
-METRIC_NAMES = dict(    # for people
+METRIC_NAMES = dict( # for people
     miou='mIoU', parts_miou='mIoU', max_iou='best IoU', maxf_of_means='maxF', odsf='odsF', odsf_nyuv2='odsF',
     rmse='RMSE', angle='mean angle')
 
@@ -88,11 +84,7 @@ def _check_fits(t:Task, what:str, known:dict):
 
 # %% ../nbs/03_tasks.ipynb #442ed42e
 KIND_OF_FORM = dict(
-    classes='categorical',
-    yes_no='binary',
-    distance='regression',
-    direction='regression',
-    values='regression')
+    classes='categorical', yes_no='binary', distance='regression', direction='regression', values='regression')
 
 def form_of_kind(
     t:Task, # whose `form` is a kind
@@ -242,6 +234,16 @@ def own_task(
     rest = {k: v for k, v in d.items() if k not in ('name', 'classes')}
     return semseg_task(d.get('classes', ()), **rest)
 
+# %% ../nbs/03_tasks.ipynb #fd399350
+def register_task(
+    name:str, # also the folder of its labels
+    **fields, # of `Task`, without its name
+):
+    "Make a task known by its name, as `depth` is; a name that has other fields already is refused"
+    Task(name=name, **fields) # refuses what does not fit
+    taken = name == 'semseg' or STANDARD_TASKS.setdefault(name, fields) != fields
+    if taken: raise ValueError(f"task {name!r} is taken; use another name")
+
 # %% ../nbs/03_tasks.ipynb #93a5ac32
 def make_encoding(
     t:Task,
@@ -327,7 +329,7 @@ def decode(self:YesNo, raw, task, how, refuse)->np.ndarray: # (H, W, 1) as store
 
 # %% ../nbs/03_tasks.ipynb #3b2eddee
 DEPTH_BAND = .02, 1000. # m: a median outside of it is that of meters read as millimeters, or the other way round
-TOP = 65535             # the largest number of 16 bit
+MOST_16_BIT = 65535     # the largest number of 16 bit
 
 @patch
 def check_numbers(self:Distance, raw, there, task, how, refuse):
@@ -344,7 +346,7 @@ def check_numbers(self:Distance, raw, there, task, how, refuse):
         refuse(f"{(seen < 0).sum()} depths are negative, the lowest {seen.min():g}; write 0 for void, "
                f'or state "void": [{seen.min():g}] beside the task')
     top = seen.max()
-    largest = (TOP, np.iinfo(raw.dtype).max) if raw.dtype.kind in 'ui' else (MOST_MM,)
+    largest = (MOST_16_BIT, np.iinfo(raw.dtype).max) if raw.dtype.kind in 'ui' else (MOST_MM,)
     alone = np.isclose(top, largest).any() or (raw.dtype.kind == 'f' and DEPTH_BAND[1] < top and np.median(seen) < top)
     next_lower = seen[seen < top].max(initial=0)
     if alone and next_lower < .75*top:

@@ -94,8 +94,8 @@ def _locked(p:Project):
 # %% ../../nbs/87_annotate.ask.ipynb #22ce9070
 def ask(
     folder,             # of the project
-    budget:int=None,    # pairs to pay for
-    money:float=None,   # or money, in the unit of the prices
+    budget:int|None=None,  # pairs to pay for
+    money:float|None=None, # or money, in the unit of the prices
     currency:str='',    # refused if it is not the unit of the prices
     progress:bool=True, # show bars
     images:str='auto',  # how they reach the tool, where its format can link them: see `image_base`
@@ -150,7 +150,7 @@ def read_batch(
     new:bool=False, # made just now
 )->Batch:
     "A batch that was written"
-    file = p.files.batch(number)/'queries.json'
+    file, _ = p.files.queries_files(number)
     if not file.is_file():
         there = p.files.batches() or 'none yet, `partal ask` makes one'
         raise FileNotFoundError(f"no batch {number} in {p.folder}; there are {there}")
@@ -338,9 +338,10 @@ def _write_batch(p:Project, arrays, how:_Making, queries:list, model):
         if mine: FORMATS[p.formats[t.name]].write(part/t.name, t, made, images=how.images, place=place)
     network = p.files.checkpoint(how.r).relative_to(p.folder).as_posix() if model else ''
     about = dict(version=1, batch=how.r, **how.request, unit=p.prices.unit, formats=p.formats, network=network)
-    write_json(part/'queries.json', dict(about, queries=queries))
+    whole, rows = (part/f.name for f in p.files.queries_files(how.r))
+    write_json(whole, dict(about, queries=queries))
     table = pd.DataFrame(queries)[['image', 'task', 'score', 'rank', 'price', 'why']]
-    write_atomic(part/'queries.csv', table.to_csv(index=False, float_format='%.6g').encode())
+    write_atomic(rows, table.to_csv(index=False, float_format='%.6g').encode())
     os.replace(part, target)
 
 # %% ../../nbs/87_annotate.ask.ipynb #0409e9ed

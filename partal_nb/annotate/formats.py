@@ -18,7 +18,7 @@ import numpy as np
 from ..core import add_entry, inside, write_atomic
 from ..tasks import Encoding, Task, make_encoding, split_entry
 from ..data.labels import LABEL_FILES, decode_label
-from .query import Answer, Query, known_image, legend, write_common
+from .query import QUERY_FILES, Answer, Query, known_image, legend, write_common
 from .submission import (
     Submission, collect, label_folders, png_facts, read_form, read_json, to_npy, to_png)
 from .label_studio import is_label_studio, read_label_studio, write_label_studio
@@ -239,7 +239,7 @@ def detect_format(
                         "Name the format, or put the labels into labels/")
 
 # %% ../../nbs/85_annotate.formats.ipynb #21e1163c
-OURS = {'README.txt', 'format.json', 'queries.json', 'queries.csv', 'answers.csv', 'uncertainty.csv',
+OURS = {'README.txt', 'format.json', *QUERY_FILES, 'answers.csv', 'uncertainty.csv',
         'label_config.xml', 'tasks.json', 'labels.json', 'labelmap.txt'} # that went out, or belong to a format
 SENT_ALONG = SENT | {'ImageSets', 'SegmentationObject'} # folders of them
 def unused_files(

@@ -14,11 +14,10 @@ import shutil
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import numpy as np
 
-# %% ../../nbs/86_annotate.project.ipynb #1102cb8f
 from ..core import check_from_0, inside, write_atomic, write_json
 from ..tasks import Pair, Task, task_from_dict
 from ..config import RunConfig, config_from_dict
@@ -27,8 +26,8 @@ from ..data.dataset import has_label, strangers
 from .arrays import given_labels, kept_labels, project_arrays, some_arrays
 from .files import Changed, Fingerprints
 from ..select.prices import Prices, prices_from_dict
-from .plan import (
-    open_images, priced, project_config, read_plain, read_tasks, held_out_images)
+from .query import QUERY_FILES
+from .plan import open_images, priced, project_config, read_plain, read_tasks, held_out_images
 from ..plugins import imports, load_recorded, where_now
 from ..runs.schema import LostLedger, TornLedger
 from ..runs.ledger import Entry, Ledger, read_labeled
@@ -47,6 +46,7 @@ class ProjectPaths(RunFolder):
     def scores_file(self, r:int)->Path: return self._of_round(r, '.parquet')
     def steps_file(self, r:int)->Path: return self._of_round(r, '.json')
     def batch(self, number:int)->Path: return self.path/f'batches/{number:03}' # what goes to the annotators
+    def queries_files(self, number:int)->list[Path]: return [self.batch(number)/name for name in QUERY_FILES]
     def cache(self, name:str)->Path: return self.path/'cache'/f'{name}.npy'    # arrays at training size
     @property
     def taken_file(self)->Path: return self.path/'files.json' # hashes of the files beside the images
@@ -225,7 +225,7 @@ def open_project(
     about = files.about
     lacking = load_recorded(about['imports'])
     try:
-        plain = {k: about[k] for k in PLAIN} | dict(imports=where_now(about['imports']))
+        plain:dict[str, Any] = {k: about[k] for k in PLAIN} | dict(imports=where_now(about['imports']))
         for k in ('images', 'val', 'removed'): plain[k] = tuple(plain[k])
         tasks = tuple(map(task_from_dict, about['tasks']))
         prices = prices_from_dict(about['prices'])
@@ -259,7 +259,7 @@ def init(
     plan['formats'] = choose_formats(plan['tasks'], plan.get('formats', {}) | formats)
     p = Project(part, str(Path(data).resolve()), tuple(pool), tuple(val), config=config, cooldown=cooldown,
                 min_gain=min_gain, val_share=0. if val else val_share, imports=imports(), **plan)
-    only = set(read_labeled(Path(labels_from)/'ledger.db')) if labels_from else None
+    only = set(read_labeled(RunFolder(labels_from).ledger_file)) if labels_from else None
     _move_when_whole(p, source, folder, only)
     return replace(p, folder=folder)
 
@@ -378,7 +378,7 @@ def _lost_labels(p:Project, ledger:Ledger)->tuple: # pairs
 def load_labels(
     p:Project,
     ledger:Ledger,
-    upto:int=None,        # up to and including this event; None: all
+    upto:int|None=None,   # up to and including this event; None: all
     away:Changed|None=None, # what changed on disk; None: look
 ): # -> Arrays, of the M images that are there; Arrays, to evaluate on; (M, K) bool, the pairs to train on
     "All that a network is trained and evaluated on"

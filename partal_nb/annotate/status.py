@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'load_network', 'quality', 'main_metric', 'relative_change
 # %% ../../nbs/89_annotate.status.ipynb #c0000216
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import numpy as np
 import pandas as pd
@@ -166,8 +166,8 @@ class Status:
 
 # %% ../../nbs/89_annotate.status.ipynb #b7e6d913
 def status(
-    folder,           # of the project
-    money:float=None, # the next purchase, in the unit of the prices; None: as much as the last batch
+    folder,                # of the project
+    money:float|None=None, # the next purchase, in the unit of the prices; None: as much as the last batch
 )->Status:
     "What is labeled, asked, returned, rejected and spent, and what the next money is expected to buy"
     p = open_project(folder)
@@ -294,7 +294,8 @@ def log_lines(
     "All that happened, as text"
     with open_project(folder).ledger() as ledger:
         events, amendments = ledger.events(first=True), ledger.amendments()
-    lines = [(e.at, e.id, 0, _log_line(e)) for e in events.itertuples()]
+    told:Iterable[Any] = events.itertuples() # named as the columns
+    lines = [(e.at, e.id, 0, _log_line(e)) for e in told]
     lines += [(a.at, a.event, a.id, _log_line(a, 'amended', a.by)) for a in amendments.itertuples()]
     return [line for *_, line in sorted(lines)]
 

@@ -275,10 +275,10 @@ def correct(
     folder,             # of the project
     image:str,          # its id
     task:str,           # name
-    minutes:float=None, # that the label took; the price follows, where minutes decide it
+    minutes:float|None=None, # that the label took; the price follows, where minutes decide it
     who:str='',         # annotator
-    note:str=None,      # e.g. why it was rejected
-    price:float=None,   # what was paid
+    note:str|None=None, # e.g. why it was rejected
+    price:float|None=None, # what was paid
     by:str='',          # who corrects; empty: this user
     yes:bool=False,     # take minutes that are hardly true
 )->dict: # cost, source, minutes and note, as they are now

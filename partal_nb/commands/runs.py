@@ -59,9 +59,10 @@ def _is_done(out:Path, configs:dict[Path, RunConfig])->bool:
 # %% ../../nbs/97_commands.runs.ipynb #a97f0008
 def _execute_run(configs:dict[Path, RunConfig], parameters:dict, kernel:str):
     os.environ['PARTAL_COMMAND'] = this_command()
+    from partal_nb.runs.paths import RunPaths
     out, first = next(iter(configs.items()))
     own = dict(strategy=first.strategy, seed=first.seed, out=str(out), imports=list(imports()))
-    execute('al_run', out, own | parameters, kernel)
+    execute(RunPaths(out).notebook_file.stem, out, own | parameters, kernel)
 
 # %% ../../nbs/97_commands.runs.ipynb #5f5e3b66
 def _data_of(data:str)->str: # of a project its labeled images, as a data set

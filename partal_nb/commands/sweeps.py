@@ -134,6 +134,7 @@ def sweep(
 ):
     "Run every strategy with every seed, or the arms of a planned study, and gather all journals in one table."
     from partal_nb.runs.executors import choose_cards, open_executor
+    from partal_nb.runs.paths import RunPaths
     with plain_errors():
         changed = parse_changes(changes, dict(preset='preset', strategy='strategies', seed='seeds', data='data'))
         load_plugins(plugins or ())
@@ -143,7 +144,7 @@ def sweep(
         check_kernel(kernel)
         options = slurm_options(on, partition, account, minutes, sbatch)
         place = open_executor(on, out/'.submitit', jobs, choose_cards(gpus), per_gpu, **options)
-        table = None if plan else out/'sweep.csv' # arms of a plan are no strategies
+        table = None if plan else RunPaths(out).sweep_file # arms of a plan are no strategies
         with place as executor: finished = _sweep(runs, table, tries, kernel, executor)
     if not finished: raise typer.Exit(1)
 

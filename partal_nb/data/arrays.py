@@ -163,18 +163,6 @@ class Rows:
     def __getitem__(self, i): return self.base[self.rows[i]]
     def __array__(self, dtype=None, copy=None): return np.asarray(self.base[self.rows], dtype)
 
-# %% ../../nbs/14_data.arrays.ipynb #d68d0361
-@dataclass(frozen=True)
-class Arrays:
-    "N images at training size with the labels that exist"
-    images:tuple[str, ...]  # N ids
-    tasks:tuple[Task, ...]  # K
-    rgb:np.ndarray          # (N, H, W, 3) uint8
-    labels:dict             # task → (N, H, W, C), of the task's `form.cached` dtype
-    available:np.ndarray    # (N, K) bool, the label exists
-
-    def __len__(self): return len(self.images)
-
 # %% ../../nbs/14_data.arrays.ipynb #c000006f
 def _tensor(a:np.ndarray, dtype)->torch.Tensor: # (B, H, W, C) to (B, C, H, W)
     y = torch.from_numpy(np.ascontiguousarray(a))
@@ -191,22 +179,33 @@ def _label_batch(stored, task:Task, index:np.ndarray, labeled:np.ndarray)->torch
     y[torch.from_numpy(labeled)] = _tensor(stored[index[labeled]], dtype)
     return y
 
-# %% ../../nbs/14_data.arrays.ipynb #898768fd
-@patch
-def batch(self:Arrays,
-    index,        # (B,) rows
-    labeled=None, # (B, K) bool; where it is False the label is void in every pixel
-)->tuple: # (B, 3, H, W) uint8, and task → (B, C, H, W): int64 for class numbers, float32 for the rest
-    "Images and labels of some rows"
-    index = np.asarray(index, dtype=np.int64).reshape(-1)
-    shape = len(index), len(self.tasks)
-    if labeled is None: labeled = np.ones(shape, bool)
-    if np.shape(labeled) != shape:
-        raise ValueError(f"labeled: expected {shape}, a row for each image of the batch, got {np.shape(labeled)}")
-    labeled = np.asarray(labeled, bool)
-    labels = {}
-    for t, column in zip(self.tasks, labeled.T): labels[t.name] = _label_batch(self.labels[t.name], t, index, column)
-    return _tensor(self.rgb[index], torch.uint8), labels
+# %% ../../nbs/14_data.arrays.ipynb #d68d0361
+@dataclass(frozen=True)
+class Arrays:
+    "N images at training size with the labels that exist"
+    images:tuple[str, ...]  # N ids
+    tasks:tuple[Task, ...]  # K
+    rgb:np.ndarray          # (N, H, W, 3) uint8
+    labels:dict             # task → (N, H, W, C), of the task's `form.cached` dtype
+    available:np.ndarray    # (N, K) bool, the label exists
+
+    def __len__(self): return len(self.images)
+
+    def batch(self,
+        index,        # (B,) rows
+        labeled=None, # (B, K) bool; where it is False the label is void in every pixel
+    )->tuple: # (B, 3, H, W) uint8, and task → (B, C, H, W): int64 for class numbers, float32 for the rest
+        "Images and labels of some rows"
+        index = np.asarray(index, dtype=np.int64).reshape(-1)
+        shape = len(index), len(self.tasks)
+        if labeled is None: labeled = np.ones(shape, bool)
+        if np.shape(labeled) != shape:
+            raise ValueError(f"labeled: expected {shape}, a row for each image of the batch, got {np.shape(labeled)}")
+        labeled = np.asarray(labeled, bool)
+        labels = {}
+        for t, column in zip(self.tasks, labeled.T):
+            labels[t.name] = _label_batch(self.labels[t.name], t, index, column)
+        return _tensor(self.rgb[index], torch.uint8), labels
 
 # %% ../../nbs/14_data.arrays.ipynb #c0000071
 def _split_of(dataset:Dataset, images:tuple)->tuple: # its name, and ids

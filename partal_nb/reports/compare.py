@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.integrate import trapezoid
 
 from ..statistics import holm, paired_test
-from .read import Study, with_metrics
+from .read import Study, named_rows, with_metrics
 from .figures import AXES, styles
 
 # %% ../../nbs/72_reports.compare.ipynb #0ab9201b
@@ -358,7 +358,7 @@ def distance_table(
     full = study.reference()
     if not full: raise ValueError("no run with all labels among these; the notebook `supervised` makes one")
     d = last(study.table)
-    goal = np.array([full[r.task][r.metric] for r in d.itertuples()])
+    goal = np.array([full[r.task][r.metric] for r in named_rows(d)])
     d['value'] = np.where(d.lower_is_better, d.value - goal, goal - d.value)
     by = ['task', 'metric', 'unit', 'strategy']
     groups = d.groupby(by, sort=False).value

@@ -27,7 +27,7 @@ from ..tasks import METRIC_NAMES, TASK_COLORS
 from ..config import OLD_FIELDS, PRESETS, preset
 from ..runs.folder import RunFolder
 from .read import (
-    FREE_FIELDS, RunRecord, read_study, run_folders, spread, tidy)
+    FREE_FIELDS, RunRecord, named_rows, read_study, run_folders, spread, tidy)
 
 # %% ../../nbs/71_reports.figures.ipynb #2357527b
 STYLES = dict(
@@ -246,7 +246,7 @@ def results_table(
     "Metrics after the last round that every run has finished, mean and standard deviation over seeds"
     s = last_common(spread(df))
     last = s['round'].iloc[0]
-    s = s.assign(metric=[metric_title(row) for row in s.itertuples()])
+    s = s.assign(metric=[metric_title(row) for row in named_rows(s)])
     order = s[['task', 'metric']].drop_duplicates().itertuples(index=False, name=None)
     values = ['mean', 'std', 'seeds']
     table = s.pivot(index=['task', 'metric'], columns='strategy', values=values).swaplevel(axis=1)
@@ -272,8 +272,8 @@ def markdown_table(
     "The main metric of each task after the last common round, as a Markdown table with a row a strategy"
     s = spread(df)
     s = last_common(s[s.main])
-    heads = {row.task: f'{row.task}, {metric_title(row)}' for row in s.itertuples()}
-    main = {row.task: row.metric for row in s.itertuples()}
+    heads = {row.task: f'{row.task}, {metric_title(row)}' for row in named_rows(s)}
+    main = {row.task: row.metric for row in named_rows(s)}
     lines = [f"| strategy | seeds | labeled pairs | {' | '.join(heads.values())} |",
              '|:--|--:|--:|' + '--:|'*len(heads)]
     for name in styles(s.strategy):

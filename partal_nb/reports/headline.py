@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import write_atomic
 from ..statistics import interval
-from .read import RunRecord, main_metrics, read_run, read_study
+from .read import RunRecord, main_metrics, named_rows, read_run, read_study
 from ..runs.folder import RunFolder
 
 # %% ../../nbs/73a_reports.headline.ipynb #95f9f118
@@ -173,7 +173,7 @@ def headline_claim(
     behind = fair[(fair.strategy == 'partal') & (fair['mean'] < 0)].data.unique()
     also = f'; in the mean partal is behind them on {" and on ".join(behind)}' if len(behind) else ''
     if found.empty: return f'No strategy has been shown to beat random pairs over all tasks yet{also}.'
-    names = ', '.join(f'{r.strategy} ({r.study}, {r.seeds} seeds)' for r in found.itertuples())
+    names = ', '.join(f'{r.strategy} ({r.study}, {r.seeds} seeds)' for r in named_rows(found))
     return f'Shown to beat random pairs over all tasks: {names}.'
 
 # %% ../../nbs/73a_reports.headline.ipynb #77465ab8
@@ -188,7 +188,7 @@ def headline(
 )->str: # Markdown: two sentences and a table
     "Does it help?"
     table = by_strategy(changes(results))
-    rows = [headline_row(r) for r in chosen(table).itertuples()]
+    rows = [headline_row(r) for r in named_rows(chosen(table))]
     return '\n'.join([f'**{headline_claim(table)}** {MEANING}', '', HEAD, *rows])
 
 # %% ../../nbs/73a_reports.headline.ipynb #e9943b73

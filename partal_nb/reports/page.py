@@ -23,7 +23,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core import write_atomic
-from .read import RunRecord, Study, read_study, run_folders, spread
+from .read import RunRecord, Study, named_rows, read_study, run_folders, spread
 from .figures import (
     curves, length_note, metric_title, results_table, spending, styles, timing, training_length)
 from partal_nb.reports.compare import (
@@ -148,7 +148,7 @@ def wide_results(
     values:pd.DataFrame, # of `last`
 )->pd.DataFrame: # a row a strategy, a column a task, `mean ± std` over seeds
     "The main metrics for a reader"
-    titles = {r.task: f'{r.task}, {metric_title(r)}' for r in values.drop_duplicates('task').itertuples()}
+    titles = {r.task: f'{r.task}, {metric_title(r)}' for r in named_rows(values.drop_duplicates('task'))}
     of = values.groupby(['strategy', 'task']).value.agg(['mean', 'std', 'count'])
     rows = []
     for name in styles(values.strategy):
@@ -222,12 +222,12 @@ def verdict_table(
 )->pd.DataFrame:
     "The columns of paired tests that a reader needs"
     gaps = []
-    for r in tests.itertuples():
+    for r in named_rows(tests):
         interval = f' [{r.low:+.3g}, {r.high:+.3g}]' if r.seeds > 1 else ''
         gaps.append(f'{r.mean:+.3g}{interval}')
     titled = tests.assign(lower_is_better=tests.lower)
     return pd.DataFrame({
-        'task': [f'{r.task}, {metric_title(r)}' for r in titled.itertuples()],
+        'task': [f'{r.task}, {metric_title(r)}' for r in named_rows(titled)],
         'against': tests.b,
         'better by [95 %]': gaps,
         'p (t)': tests.p_t,
@@ -283,7 +283,7 @@ def paper_parts(
             f'{n.get("as in the paper", 0)} are as in the paper, '
             f'{n.get("not as in the paper", 0)} are not as in the paper, '
             f'{n.get("inconclusive", 0)} are inconclusive. ')
-    for r in table[table.verdict == 'not as in the paper'].itertuples():
+    for r in named_rows(table[table.verdict == 'not as in the paper']):
         unit = f' {r.unit}' if r.unit else ''
         text += f'Not as in the paper: {r.task} against {r.against}, {r.mean:+.3g}{unit} [{r.low:.3g}, {r.high:.3g}]. '
     text += f'Differences are those of the last round, above 0 where {ours} is better. {length_note(study.runs)}'

@@ -6,12 +6,13 @@
 __all__ = ['COLUMNS', 'ERRORS', 'UNITLESS', 'SETTINGS', 'FREE_FIELDS', 'FREE_OF_REFERENCE', 'RunRecord', 'read_run',
            'run_folders', 'metric_unit', 'round_rows', 'tidy', 'with_metrics', 'differences', 'check_alike', 'read_all',
            'read_runs', 'call_it', 'Study', 'main_metrics', 'check_reference', 'read_study', 'is_as_planned',
-           'finished_seeds', 'check_one_origin', 'read_planned', 'spread']
+           'finished_seeds', 'check_one_origin', 'read_planned', 'spread', 'named_rows']
 
 # %% ../../nbs/70_reports.read.ipynb #c0000178
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -327,3 +328,10 @@ def spread(
     expected = df.groupby('strategy').seed.nunique()
     complete = table.seeds == table.strategy.map(expected)
     return table[complete].reset_index(drop=True)
+
+# %% ../../nbs/70_reports.read.ipynb #7f78f41c
+def named_rows(
+    df:pd.DataFrame,
+)->Iterable[Any]: # a tuple a row, with the columns' names
+    "The rows of a table"
+    return df.itertuples()

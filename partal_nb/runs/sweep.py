@@ -206,17 +206,17 @@ def work_of(
     return Work(words, os.getcwd(), str(job.log.absolute()), str(wanted.absolute()), env)
 
 # %% ../../nbs/67_runs.sweep.ipynb #bc0ddac2
-def _failure(job:Job)->str: # why, in a line; empty: it has not failed
-    if job.future.cancelled(): return 'its executor has dropped it'
-    error = job.future.exception()
+def _failure(future:Future, log:Path)->str: # why, in a line; empty: it has not failed
+    if future.cancelled(): return 'its executor has dropped it'
+    error = future.exception()
     if error: return f'{type(error).__name__}: {" ".join(str(error).split())}'
-    code = job.future.result()
+    code = future.result()
     if code < 0: return f'signal {signal.Signals(-code).name}'
-    return (read_log(job.log) or [f'exit code {code}'])[-1].strip() if code else ''
+    return (read_log(log) or [f'exit code {code}'])[-1].strip() if code else ''
 
 # %% ../../nbs/67_runs.sweep.ipynb #6ebfb3a4
-def _is_refused(job:Job)->bool: # in vain the next time, too
-    return not job.future.cancelled() and not job.future.exception() and job.future.result() == REFUSED
+def _is_refused(future:Future)->bool: # in vain the next time, too
+    return not future.cancelled() and not future.exception() and future.result() == REFUSED
 
 # %% ../../nbs/67_runs.sweep.ipynb #834c1ef2
 def settle(
@@ -224,14 +224,15 @@ def settle(
     tries:int, # how often a run is started without finishing a round
 ):
     "See how far a run is, and what follows from that"
-    ended = job.future.done()
+    future = job.future
+    ended = future is not None and future.done()
     if job.state == 'waiting' and (ended or job.log.exists()):
         job.state = 'running'
         job.tries = job.tries + 1 if job.rounds == job.begun else 1
         job.begun = job.rounds
-    if not ended: return
-    job.why = _failure(job)
-    in_vain = job.why and (_is_refused(job) or job.tries >= tries and job.rounds == job.begun)
+    if future is None or not ended: return
+    job.why = _failure(future, job.log)
+    in_vain = job.why and (_is_refused(future) or job.tries >= tries and job.rounds == job.begun)
     job.state = 'failed' if in_vain else 'waiting' if job.why else 'done'
     job.future = None
     if job.state == 'done': job.log.unlink(missing_ok=True)
@@ -242,12 +243,12 @@ def stop(
     patience:float=20, # seconds until what still runs is left to its executor
 ):
     "Wait for the processes that run and are not wanted any longer, and forget those that do not run yet"
-    asked = [job for job in jobs if job.future]
-    for job in asked:
-        if job.state == 'waiting': job.future.cancel()
-    wait_for([job.future for job in asked if job.state == 'running'], patience)
-    for job in asked:
-        job.future.cancel()
+    asked = [(job, job.future) for job in jobs if job.future]
+    for job, future in asked:
+        if job.state == 'waiting': future.cancel()
+    wait_for([future for job, future in asked if job.state == 'running'], patience)
+    for job, future in asked:
+        future.cancel()
         job.state = 'waiting'
 
 # %% ../../nbs/67_runs.sweep.ipynb #c0000165

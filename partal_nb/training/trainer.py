@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALLOW_TF32', 'SHARE_OF_CARD', 'pick_injected', 'make_accelerator', 'resolved', 'batch_norms', 'counted_together',
-           'training_loss', 'train_step', 'bytes_of', 'fits', 'DevicePool', 'Batch', 'Trainer', 'train']
+           'training_loss', 'train_step', 'bytes_of', 'fits', 'DevicePool', 'Batch', 'TrainingState', 'Trainer',
+           'train']
 
 # %% ../../nbs/34_training.trainer.ipynb #c00000d2
 import math
@@ -186,8 +187,17 @@ class Batch(NamedTuple):
     labels:dict[str, Tensor] # (B, C, H, W) by task
     labeled:np.ndarray       # (B, K) bool, where the label is true and not a pseudo-label
 
+# %% ../../nbs/34_training.trainer.ipynb #39660708
+class TrainingState:
+    "What changes from step to step"
+    source:Arrays|DevicePool # where batches are read from
+    reads_ahead:bool         # in a thread
+    step:int                 # of the round, from 0
+    step_seed:int            # of its random numbers
+    loss:Tensor              # of the last step, a scalar
+
 # %% ../../nbs/34_training.trainer.ipynb #2403fd34
-class Trainer:
+class Trainer(TrainingState):
     "One round of training: draw, forward, backward, update"
     def __init__(self,
         model:PADNet,       # is trained in place
