@@ -23,10 +23,8 @@ from .forms import (
 
 # %% ../nbs/03_tasks.ipynb #a88c7546
 LOSSES = dict(          # name -> the forms that it is for
-    cross_entropy=('classes',),
-    balanced_bce=('yes_no',), edge_bce=('yes_no',),
-    l1=('distance', 'values'),
-    l1_unit=('direction',))
+    cross_entropy=('classes',), balanced_bce=('yes_no',), edge_bce=('yes_no',),
+    l1=('distance', 'values'), l1_unit=('direction',))
 METRICS = dict(         # likewise
     miou=('classes',), parts_miou=('classes',),
     max_iou=('yes_no',), maxf_of_means=('yes_no',),
