@@ -138,7 +138,8 @@ def test_run(place, finished):
     shown = outputs(out/'al_run.ipynb')
     assert not [o for o in shown if o['output_type'] == 'error']
     kinds = [kind for o in shown for kind in o.get('data', {})]
-    assert sum(k.startswith('image/') for k in kinds) == 2 and kinds.count('text/html') >= 3
+    # two pictures of photographs, and one beside each of the three figures
+    assert sum(k.startswith('image/') for k in kinds) == 2 + 3 and kinds.count('text/html') >= 3
     assert kinds.count('application/vnd.plotly.v1+json') == 3
     about = json.loads((out/'config.json').read_text())
     assert about['command'].startswith('partal run --preset nyuv2_small --data data')

@@ -22,7 +22,7 @@ from partal_nb.training.augment import AUGMENTS, augment
 from partal_nb.training.evaluate import image_error
 from partal_nb.training.hooks import image_losses, move_average, ranking_loss
 from partal_nb.training.trainer import DevicePool, pick_injected, training_loss
-from partal_nb.uncertainty.maps import MEASURES, entropy_maps
+from partal_nb.uncertainty.maps import QUANTITIES, entropy_maps
 from partal_nb.uncertainty.passes import ESTIMATORS
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def test_a_pool_on_the_card_and_averaged_weights():
         state = net.to(CUDA).state_dict()
         move_average({k: v.clone() for k, v in state.items()}, state, .9)
 
-@pytest.mark.parametrize('measure', MEASURES)
+@pytest.mark.parametrize("measure", QUANTITIES)
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_scoring_does_not_wait(name, measure):
     "Whatever the estimator, injected labels included; numbers are looked at when all batches are done"

@@ -80,7 +80,7 @@ class ShardSettings(AcquisitionSettings):
     size:int=SHARD     # images of a shard; a smaller pool is scored at once
 
     def is_cut(self, pool:ScoringPool)->bool: # is it scored in shards?
-        by_image = all(SCORES[need].by_image for need in self.pair_needs)
+        by_image = all(getattr(SCORES[need], 'by_image', False) for need in self.pair_needs)
         return by_image and int(pool.pairs.any(1).sum()) > self.size
 
     def parts(self, pool:ScoringPool)->list[tuple[Path, ScoringPool]]: # file and pool of each shard
