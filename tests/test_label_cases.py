@@ -19,7 +19,7 @@ from partal_nb.core import write_atomic, write_json
 from partal_nb.data.dataset import Dataset
 from partal_nb.data.derive import normals_from_depth
 from partal_nb.data.folders import Folder, own_layout
-from partal_nb.data.labels import encode_label, image_size, png_bytes, read_label, voc_colors
+from partal_nb.data.labels import encode_label, image_size, png_bytes, read_label, read_rgb, voc_colors
 from partal_nb.data.prepare import check, open_source, prepare
 from partal_nb.data.rooms import render_room
 from partal_nb.tasks import Pair, split_entry, standard_task
@@ -642,3 +642,11 @@ def test_classes_from_1_of_the_handed_case(cases, tmp_path):
     for i in dataset.ids('semseg'):
         raw = np.array(Image.open(folder/f'semseg/{i}.png')).astype(int)
         assert np.array_equal(dataset.label(i, 'semseg')[..., 0], np.where(raw == 0, 255, raw - 1))
+
+def test_a_photograph_of_several_pages_is_refused(tmp_path):
+    "A page must not be dropped without a word"
+    pages = [Image.fromarray(np.full((8, 10, 3), v, np.uint8)) for v in (10, 200)]
+    pages[0].save(tmp_path/'a.tif', save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match='several pages'): read_rgb(tmp_path/'a.tif')
+    pages[0].save(tmp_path/'b.tif')
+    assert read_rgb(tmp_path/'b.tif').max() == 10

@@ -56,6 +56,8 @@ TURNS = { # EXIF's orientation -> how a viewer turns the stored pixels
 def _orientation(image:Image.Image)->int: # of an image that was opened, but not yet decoded; 1: as it is
     if image.format == 'PNG' and 'exif' not in image.info: return 1  # to look further would decode it
     turn = image.getexif().get(0x0112, 1)
+    if image.format == 'TIFF' and getattr(image, 'n_frames', 1) > 1:
+        raise SyntaxError('a TIFF of several pages is not read; save each page as an image of its own')
     if image.format == 'TIFF' and turn != 1: # Pillow scrambles some of them
         raise SyntaxError('a TIFF that is turned by its orientation is not read; save it as PNG or JPEG')
     return turn
