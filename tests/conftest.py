@@ -1,5 +1,6 @@
 "What several tests share"
 import os
+import signal
 from pathlib import Path
 
 # before torch: tests fork, and a child would wait for the threads that stayed behind
@@ -26,3 +27,10 @@ def tools()->Path:
     home = Path(os.environ.get('PARTAL_TOOLS') or Path(__file__).parents[1]/'.venv'/'tools')
     if (home/'bin'/'label-studio').is_file(): return home/'bin'
     pytest.skip(f"no annotation tools in {home}, or where PARTAL_TOOLS says: `make tools` installs them")
+
+@pytest.fixture
+def ctrl_c_arrives():
+    "Where the tests run in the background SIGINT may be ignored, and a child inherits that"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -25,12 +25,7 @@ COMMAND = [sys.executable, '-m', 'partal_nb.cli', 'sweep', '--strategies', 'part
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
-@pytest.fixture(autouse=True)
-def ctrl_c_arrives():
-    "Where the tests run in the background SIGINT may be ignored, and a child inherits that"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures('ctrl_c_arrives')
 
 def two_cores(): # so that a run has one thread wherever it is made
     if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])

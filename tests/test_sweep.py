@@ -22,12 +22,7 @@ TINY = dict(pool_images=10, test_images=4, height=48, width=64, features=8,
 SETTINGS = [x for k, v in TINY.items() for x in ('--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}')]
 COMMAND = ['sweep', '--strategies', 'partal,random', '--seeds', '0', '--out', 'study', *SETTINGS]
 
-@pytest.fixture(autouse=True)
-def ctrl_c_arrives():
-    "Where the tests run in the background SIGINT may be ignored, and a child inherits that"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures('ctrl_c_arrives')
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
