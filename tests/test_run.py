@@ -106,7 +106,7 @@ def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir() i
 
 def documented()->list[str]:
     "The files of a run folder, from the table in its notebook"
-    cells = json.loads((ROOT/'nbs/62_runs.folder.ipynb').read_text('utf-8'))['cells']
+    cells = json.loads((ROOT/'nbs/60a_runs.paths.ipynb').read_text('utf-8'))['cells']
     text = next(t for c in cells if '| file | what it holds |' in (t := ''.join(c['source'])))
     return re.findall(r'^\| `(.+?)` \|', text, re.M)
 
