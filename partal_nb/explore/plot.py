@@ -170,7 +170,12 @@ LISTEN = """function watched(el, model, draw) {
   sizes.observe(el)
   themes.observe(document.body, {attributeFilter: ['data-jp-theme-light']})
   light.addEventListener('change', draw)
-  return () => { sizes.disconnect(); themes.disconnect(); light.removeEventListener('change', draw) }
+  return () => {
+    clearTimeout(timer)
+    sizes.disconnect()
+    themes.disconnect()
+    light.removeEventListener('change', draw)
+  }
 }
 """
 
@@ -195,20 +200,21 @@ DRAW = """async function render({model, el}) {
   const frame = add(el, 'position:relative;overflow:auto hidden'), box = add(frame, '')
   const marks = add(frame, 'position:absolute;inset:0;pointer-events:none')
   const line = add(el, 'position:sticky;bottom:0;font-size:12px;padding:2px 8px;background:var(--jp-layout-color0)')
+  let drawn = Promise.resolve() // Plotly draws in steps, and fails if what it draws is gone before the last
   const settings = model.get('select') ? {...config, modeBarButtonsToRemove: ['sendChartToCloud']} : config
   const draw = () => {
     const f = unpacked(model.get('figure'))
     if (!f.data) return
-    Plotly.react(box, f.data, themed(f.layout), settings)
+    drawn = Plotly.react(box, f.data, themed(f.layout), settings)
     box.shown = f.data
     hear(box, model, point => readAt(box, box.shown, line, marks, point))
   }
   const stop = watched(el, model, draw)
   model.on('change:figure', draw)
   model.on('msg:custom', m => m.png ? Plotly.downloadImage(box, {format: 'png', scale: 2, filename: m.png})
-    : Plotly.relayout(box, m.zoom))
+    : (drawn = drawn.then(() => Plotly.relayout(box, m.zoom))))
   draw()
-  return () => { stop(); Plotly.purge(box) }
+  return () => { stop(); drawn.finally(() => Plotly.purge(box)) }
 }
 export default {render}"""
 
