@@ -19,16 +19,17 @@ import typer
 from ..config import RunConfig, config_table, preset
 from ..plugins import imports, load_plugins
 from partal_nb.commands.common import (
-    Changes, Data, Imports, Kernel, Preset, execute, parse_changes, plain_errors, purpose, template, templates,
-    this_command)
+    AsJson, Changes, Data, Imports, Kernel, Preset, execute, parse_changes, plain_errors, purpose, show, template,
+    templates, this_command)
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002ad
-def config(preset_name:Preset='demo', changes:Changes=None):
+def config(preset_name:Preset='demo', changes:Changes=None, as_json:AsJson=False):
     "Print a configuration with the reason behind each field."
     with plain_errors():
         changed = parse_changes(changes, dict(preset='preset'))
-        for name, value, reason in config_table(preset(preset_name, **changed)):
-            typer.echo(f'{name:13} = {json.dumps(value):24} # {reason}')
+        rows = config_table(preset(preset_name, **changed))
+        lines = [f'{name:13} = {json.dumps(value):24} # {reason}' for name, value, reason in rows]
+        show({name: value for name, value, _ in rows} if as_json else '\n'.join(lines), as_json)
 
 # %% ../../nbs/97_commands.runs.ipynb #4bf92e63
 def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)->dict[Path, RunConfig]: # by folder
@@ -123,12 +124,13 @@ def notebook(
         typer.echo(execute(name, out, parameters, kernel))
 
 # %% ../../nbs/97_commands.runs.ipynb #646d681b
-def strategies(plugins:Imports=None):
+def strategies(as_json:AsJson=False, plugins:Imports=None):
     "List the strategies."
     with plain_errors():
         load_plugins(plugins or ())
         from partal_nb.select.strategy import STRATEGIES
-        for name, f in STRATEGIES.items(): typer.echo(f'{name:14} {f.__doc__}')
+        lines = [f'{name:14} {f.__doc__}' for name, f in STRATEGIES.items()]
+        show({name: f.__doc__ for name, f in STRATEGIES.items()} if as_json else '\n'.join(lines), as_json)
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002b0
 def report(
