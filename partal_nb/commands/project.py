@@ -266,4 +266,7 @@ def image_server(
             self.send_header('Access-Control-Allow-Origin', '*')
             super().end_headers()
         def log_message(self, *args): pass
-    return ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(folder)))
+    try: return ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(folder)))
+    except (OSError, OverflowError) as e:
+        raise ValueError(f"port {port} can't be used ({e}); choose another --port, "
+                         "and `partal ask --images http://127.0.0.1:PORT/` with its number") from e
