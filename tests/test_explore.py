@@ -127,14 +127,30 @@ def lab(opened, tmp_path_factory):
         yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
 
 @contextmanager
-def app(name, folder, page, tmp):
+def explored(name, folder, tmp):
     "`partal explore`, and the address that it prints"
     port = free_port()
     command = [BIN/'partal', 'explore', folder, '--app', name, '--port', port]
     with served(command, f'http://127.0.0.1:{port}', tmp) as log:
-        try: yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
-        finally: page.leave()
+        yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
     assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
+
+@contextmanager
+def app(name, folder, page, tmp):
+    "An app of its own"
+    with explored(name, folder, tmp) as url:
+        try: yield url
+        finally: page.leave()
+
+@pytest.fixture(scope='module')
+def entropy_app(opened, tmp_path_factory):
+    "The run in miniature in one view; each test that opens it has a kernel of its own"
+    with explored('entropy', opened.folder.path, tmp_path_factory.mktemp('entropy')) as url: yield url
+
+@pytest.fixture(scope='module')
+def whole_app(opened, tmp_path_factory):
+    "The run in miniature in four views"
+    with explored('all', opened.folder.path, tmp_path_factory.mktemp('all')) as url: yield url
 
 # What can be seen and done
 
@@ -159,14 +175,18 @@ def until(page, f, seconds=90):
 def point(page, plot, axis, x:float, y:float, text:str):
     "With the mouse at (x, y) of its n-th picture the plot shows this text"
     plot.scroll_into_view_if_needed()
-    at = plot.evaluate("""(gd, [n, x, y]) => {
+    place = """(gd, [n, x, y]) => {
         const layout = gd._fullLayout, a = layout['xaxis' + n], b = layout['yaxis' + n]
         const box = gd.getBoundingClientRect()
         return [box.left + a._offset + a.d2p(x), box.top + b._offset + b.d2p(y)]
-    }""", [axis, x, y])
-    page.mouse.move(at[0] + 3, at[1] + 3)
-    page.mouse.move(*at)
-    until(page, lambda: plot.locator('.hoverlayer .hovertext').all_text_contents() == [text])
+    }"""
+    def shown(): # the figure is drawn again once its place is measured: the mouse follows
+        at = plot.evaluate(place, [axis, x, y])
+        page.mouse.move(at[0] + 3, at[1] + 3)
+        page.mouse.move(*at)
+        page.wait_for_timeout(100)
+        return plot.locator('.hoverlayer .hovertext').all_text_contents() == [text]
+    until(page, shown)
 
 def row(page, description:str):
     return page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True))
@@ -252,50 +272,52 @@ def test_notebook(name, page, lab, opened):
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     TRY[name](page, opened)
 
-@pytest.mark.parametrize('name', APPS)
-def test_app(name, page, opened, tmp_path):
-    with app(name, opened.folder.path, page, tmp_path) as url:
-        assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is not shown without the token'
-        page.goto(url, timeout=PATIENCE)
-        TRY[name](page, opened)
+def test_app(page, opened, entropy_app):
+    assert 'login' in urllib.request.urlopen(entropy_app.split('?')[0]).url, 'the app is not shown without the token'
+    page.goto(entropy_app, timeout=PATIENCE)
+    try_entropy(page, opened)
 
-def test_the_keyboard_is_enough(page, opened, tmp_path):
+@pytest.mark.parametrize('name', APPS[1:])
+def test_view(name, page, opened, whole_app):
+    page.goto(f'{whole_app}#view={name}', timeout=PATIENCE)
+    TRY[name](page, opened)
+
+def test_the_keyboard_is_enough(page, opened, entropy_app):
     "From control to control with Tab: the image, the order, the round, the change, and both ways to save"
-    with app('entropy', opened.folder.path, page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
-        plot = figure(page)
-        tab_to(page, row(page, 'place').locator('.noUi-handle').first)
-        for i in (1, 2):
-            page.keyboard.press('ArrowRight')
-            until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
-        tab_to(page, page.locator('.widget-dropdown', has_text='order').locator('select'))
-        page.keyboard.press('ArrowDown')
-        third = int(np.argsort(-opened.scores(0).norm[:, 0], kind='stable')[2])
-        until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, third, 0).title))
-        tab_to(page, page.locator('.widget-dropdown', has_text='round').locator('select'))
-        page.keyboard.press('ArrowDown')
-        change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
-        until(page, change.is_enabled) # round 0 has no round before it
-        tab_to(page, change)
-        page.keyboard.press('Space')
-        until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
-        tab_to(page, page.get_by_role('button', name='save as HTML'))
-        page.keyboard.press('Enter')
-        kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-*-round1-*.html')))[0]
-        tab_to(page, page.get_by_role('button', name='save as PNG'))
-        with page.expect_download() as saved: page.keyboard.press('Enter')
-        picture = Image.open(saved.value.path())
-        assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-tiny-round1-T3-')
-        assert picture.width >= plot.evaluate('gd => gd._fullLayout.width')
-        assert len(picture.convert('RGB').getcolors(10**6)) > 1000
-        alone, shown = page.context.new_page(), titles(plot)
-        alone.on('request', lambda r: page.refused.append(r.url) if r.url.startswith('http') else None)
-        alone.goto(kept.as_uri())
-        assert titles(figure(alone)) == shown, 'a page that needs nothing else'
-        assert pictures(figure(alone))[0] == pictures(plot)[0]
-        for p in page, alone:
-            assert not p.locator('.modebar-btn[data-title^=Share]').count(), 'no button sends a picture away'
-        alone.close()
+    page.goto(entropy_app, timeout=PATIENCE)
+    plot = figure(page)
+    tab_to(page, row(page, 'place').locator('.noUi-handle').first)
+    for i in (1, 2):
+        page.keyboard.press('ArrowRight')
+        until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
+    tab_to(page, page.locator('.widget-dropdown', has_text='order').locator('select'))
+    page.keyboard.press('ArrowDown')
+    third = int(np.argsort(-opened.scores(0).norm[:, 0], kind='stable')[2])
+    until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, third, 0).title))
+    tab_to(page, page.locator('.widget-dropdown', has_text='round').locator('select'))
+    page.keyboard.press('ArrowDown')
+    change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
+    until(page, change.is_enabled) # round 0 has no round before it
+    tab_to(page, change)
+    page.keyboard.press('Space')
+    until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
+    tab_to(page, page.get_by_role('button', name='save as HTML'))
+    page.keyboard.press('Enter')
+    kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-*-round1-*.html')))[0]
+    tab_to(page, page.get_by_role('button', name='save as PNG'))
+    with page.expect_download() as saved: page.keyboard.press('Enter')
+    picture = Image.open(saved.value.path())
+    assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-tiny-round1-T3-')
+    assert picture.width >= plot.evaluate('gd => gd._fullLayout.width')
+    assert len(picture.convert('RGB').getcolors(10**6)) > 1000
+    alone, shown = page.context.new_page(), titles(plot)
+    alone.on('request', lambda r: page.refused.append(r.url) if r.url.startswith('http') else None)
+    alone.goto(kept.as_uri())
+    assert titles(figure(alone)) == shown, 'a page that needs nothing else'
+    assert pictures(figure(alone))[0] == pictures(plot)[0]
+    for p in page, alone:
+        assert not p.locator('.modebar-btn[data-title^=Share]').count(), 'no button sends a picture away'
+    alone.close()
 
 def older(folder):
     config = folder/'config.json'
@@ -393,73 +415,70 @@ def test_data_by_a_relative_path_that_then_moves(page, tmp_path, monkeypatch):
         page.get_by_role('button', name='open', exact=True).click()
         assert titles(figure(page))[0].startswith('image 0')
 
-def test_a_reload_a_link_and_back_show_the_same_view(page, opened, tmp_path):
-    with app('entropy', opened.folder.path, page, tmp_path) as url:
-        page.goto(f'{url}#place=3&round=1', timeout=PATIENCE)
-        third = plain(entropy_view(opened, 2, 1).title)
-        until(page, lambda: titles(figure(page))[0] == third, 120)
-        slide(page, 'place')
-        until(page, lambda: 'place=4' in page.url and 'round=1' in page.url)
-        page.reload()
-        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title), 120)
-        slide(page, 'place')
-        until(page, lambda: 'place=5' in page.url)
-        page.go_back()
-        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title))
+def test_a_reload_a_link_and_back_show_the_same_view(page, opened, entropy_app):
+    page.goto(f'{entropy_app}#place=3&round=1', timeout=PATIENCE)
+    third = plain(entropy_view(opened, 2, 1).title)
+    until(page, lambda: titles(figure(page))[0] == third, 120)
+    slide(page, 'place')
+    until(page, lambda: 'place=4' in page.url and 'round=1' in page.url)
+    page.reload()
+    until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title), 120)
+    slide(page, 'place')
+    until(page, lambda: 'place=5' in page.url)
+    page.go_back()
+    until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title))
 
-def test_four_views_of_one_run(page, opened, tmp_path):
+def test_four_views_of_one_run(page, opened, whole_app):
     "Sorted and filtered thumbnails, a lasso on the map, an image opened from them, keys, and all of it in the address"
-    with app('all', opened.folder.path, page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
-        names = lambda: page.locator('button img').evaluate_all("es => es.map(e => e.alt.split(' ')[1])")
-        until(page, lambda: names() == list(opened.pool.images), 120)
-        choice = page.locator('.widget-dropdown', has_text='order').locator('select')
-        choice.select_option('depth, most uncertain first')
-        order = np.argsort(-opened.scores(0).raw[:, 1], kind='stable')
-        expected = [opened.pool.images[n] for n in order]
-        until(page, lambda: names() == expected)
-        page.locator('.widget-dropdown', has_text='pairs').locator('select').select_option('unlabeled')
-        some = set(np.flatnonzero(~opened.labeled(0).all(1)))
-        until(page, lambda: names() == [opened.pool.images[n] for n in order if n in some])
-        tick(page, 'map of what looks alike')
-        plot = page.locator('.js-plotly-plot').first
-        plot.locator('.scatterlayer .point').first.wait_for(timeout=PATIENCE)
-        box = plot.locator('.nsewdrag').first.bounding_box()
-        corners = [(.01, .01), (.5, .01), (.5, .99), (.01, .99), (.01, .01)]
-        at = [(box['x'] + x*box['width'], box['y'] + y*box['height']) for x, y in corners]
-        page.mouse.move(*at[0])
-        page.mouse.down()
-        for x, y in at[1:]: page.mouse.move(x, y, steps=8)
-        page.mouse.up()
-        until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
-        first = names()[0]
-        page.locator('button', has=page.locator('img')).first.press('Enter')
-        until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
-        assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
-        page.keyboard.press('?')
-        assert page.get_by_text('Arrow keys: move a slider').is_visible()
-        page.keyboard.press('3')
-        page.get_by_text('of them were bought by the run').first.wait_for(timeout=PATIENCE)
-        page.go_back()
-        until(page, lambda: page.get_by_text('enlarge').is_visible())
+    page.goto(whole_app, timeout=PATIENCE)
+    names = lambda: page.locator('button img').evaluate_all("es => es.map(e => e.alt.split(' ')[1])")
+    until(page, lambda: names() == list(opened.pool.images), 120)
+    choice = page.locator('.widget-dropdown', has_text='order').locator('select')
+    choice.select_option('depth, most uncertain first')
+    order = np.argsort(-opened.scores(0).raw[:, 1], kind='stable')
+    expected = [opened.pool.images[n] for n in order]
+    until(page, lambda: names() == expected)
+    page.locator('.widget-dropdown', has_text='pairs').locator('select').select_option('unlabeled')
+    some = set(np.flatnonzero(~opened.labeled(0).all(1)))
+    until(page, lambda: names() == [opened.pool.images[n] for n in order if n in some])
+    tick(page, 'map of what looks alike')
+    plot = page.locator('.js-plotly-plot').first
+    plot.locator('.scatterlayer .point').first.wait_for(timeout=PATIENCE)
+    box = plot.locator('.nsewdrag').first.bounding_box()
+    corners = [(.01, .01), (.5, .01), (.5, .99), (.01, .99), (.01, .01)]
+    at = [(box['x'] + x*box['width'], box['y'] + y*box['height']) for x, y in corners]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    for x, y in at[1:]: page.mouse.move(x, y, steps=8)
+    page.mouse.up()
+    until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
+    first = names()[0]
+    page.locator('button', has=page.locator('img')).first.press('Enter')
+    until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
+    assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
+    page.keyboard.press('?')
+    assert page.get_by_text('Arrow keys: move a slider').is_visible()
+    page.keyboard.press('3')
+    page.get_by_text('of them were bought by the run').first.wait_for(timeout=PATIENCE)
+    page.go_back()
+    until(page, lambda: page.get_by_text('enlarge').is_visible())
 
 WIDTHS = 390, 1280, 2560
 
-def test_every_width_and_both_themes(page, opened, tmp_path):
+def test_every_width_and_both_themes(page, opened, entropy_app, tmp_path):
     "Figures fill the page and never more than it; the theme is the system's"
-    with app('entropy', opened.folder.path, page, tmp_path) as url:
-        for wide in WIDTHS:
-            page.set_viewport_size(dict(width=wide, height=900))
-            page.goto(url, timeout=PATIENCE)
-            plot = figure(page)
-            drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
-            until(page, lambda: .6*wide < drawn() <= wide)
-            assert page.evaluate('document.scrollingElement.scrollWidth') <= wide
-            paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
-            for theme, color in dict(dark='#111', light='#fff').items():
-                page.emulate_media(color_scheme=theme)
-                until(page, lambda: paper() == color)
-                page.screenshot(path=tmp_path/f'{wide}-{theme}.png')
+    page.goto(entropy_app, timeout=PATIENCE)
+    plot = figure(page)
+    for wide in WIDTHS:
+        page.set_viewport_size(dict(width=wide, height=900))
+        drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
+        until(page, lambda: .6*wide < drawn() <= wide)
+        assert page.evaluate('document.scrollingElement.scrollWidth') <= wide
+        paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
+        for theme, color in dict(dark='#111', light='#fff').items():
+            page.emulate_media(color_scheme=theme)
+            until(page, lambda: paper() == color)
+            page.screenshot(path=tmp_path/f'{wide}-{theme}.png')
 
 def server_at(port:str): # the process that `app` started
     return next(p for p in psutil.process_iter(['cmdline']) if f'--port={port}' in (p.info['cmdline'] or []))
