@@ -9,10 +9,12 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from colorspacious import cspace_convert
@@ -22,12 +24,16 @@ from partal_nb.core import distinct_colors
 from partal_nb.tasks import semseg_task, standard_task
 from partal_nb.config import preset
 from partal_nb.data.dataset import write_dataset
-from partal_nb.explore.entropy import EntropyExplorer, entropy_view
-from partal_nb.explore.injection import injection_view
-from partal_nb.explore.selection import reasons
-from partal_nb.explore.run import TINY, open_run_view, tiny_run
+from partal_nb.data.arrays import Rows
+from partal_nb.explore.pool import PAGE, PoolExplorer
+from partal_nb.explore.entropy import EntropyExplorer, entropy_view, task_cells
+from partal_nb.explore.injection import change_text, injection_view
+from partal_nb.explore.purchases import reasons
+from partal_nb.explore.subsets import error_changes
+from partal_nb.explore.run import TINY, RunView, open_run_view, tiny_run
 from partal_nb.explore.plot import number, weight
-from partal_nb.explore.chooser import RunChooser
+from partal_nb.explore.chooser import VIEWS, RunChooser
+from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.loop import run
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
@@ -221,8 +227,19 @@ def try_entropy(page, opened):
     page.locator('.widget-dropdown', has_text='round').locator('select').select_option('1')
     tick(page, 'change since the round before')
     changed = until(page, lambda: next((t for t in titles(figure(page)) if 'semseg, since the round before' in t), ''))
-    view = entropy_view(opened, 1, 1, change=True)
+    view = entropy_view(opened, 1, 1, change=True, truth=True)
     assert changed.endswith(f'{number((view.maps["semseg"] - view.earlier["semseg"]).mean(), sign=True)} nats')
+    tick(page, 'truth and error')
+    known = [c.title for c in task_cells(view, opened.tasks[1])][-2:]
+    assert known[0] == 'depth, true'
+    until(page, lambda: set(known) <= set(titles(figure(page))))
+    page.locator('.widget-dropdown', has_text='curtain').locator('select').select_option('depth, error')
+    earlier = task_cells(entropy_view(opened, 1, 0, truth=True), opened.tasks[1])[-1].title
+    above = page.get_by_alt_text(f'round 0: {earlier}')
+    above.wait_for(timeout=PATIENCE)
+    half = above.evaluate('e => e.style.clipPath')
+    page.get_by_label('curtain').press('ArrowRight')
+    assert above.evaluate('e => e.style.clipPath') != half, 'the keyboard moves the curtain'
 
 def try_selection(page, opened):
     plot = figure(page)
@@ -245,6 +262,13 @@ def try_selection(page, opened):
     slide(page, 'purchases from')
     until(page, lambda: any(t.startswith('5. ') for t in titles(picks)))
     assert pictures(picks) != before
+    page.locator('.widget-dropdown', has_text='shares').locator('select').select_option('equal')
+    page.get_by_text('partal, shares equal').first.wait_for(timeout=PATIENCE)
+    page.get_by_role('button', name='save as a query batch').click()
+    batch = until(page, lambda: list((opened.folder.path/'explore').glob('selection-*-batch')))[0]
+    asked = pd.read_csv(batch/'queries.csv')
+    assert asked.groupby('task').size().max() - asked.groupby('task').size().min() <= 1
+    shutil.rmtree(batch) # for the next one who tries
 
 def try_injection(page, opened):
     plot = figure(page)
@@ -257,6 +281,12 @@ def try_injection(page, opened):
     injected = injection_view(opened, 0, 1, ('depth',))
     assert f'{injected.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
     point(page, plot, 8, 2, 2, f'{number(injected.after["semseg"].map[0, 0])} nats')
+    changes = error_changes(opened, 1, ('depth',))[:, 2]
+    order = page.locator('.widget-dropdown', has_text='order').locator('select')
+    order.select_option('normals, most harmed first')
+    until(page, lambda: titles(plot)[0] == plain(injection_view(opened, int(changes.argmax()), 1).title))
+    page.get_by_text(f'1 of 3; normals: {change_text(float(changes.max()))}').wait_for(timeout=PATIENCE)
+    order.select_option('as in the test set')
     slide(page, 'place')
     until(page, lambda: titles(plot)[0] == plain(injection_view(opened, 1, 1).title))
     page.get_by_role('button', name='measure all sets').click()
@@ -378,6 +408,40 @@ def test_a_thousand_images(page, thousand, tmp_path):
     one = weight(EntropyExplorer(thousand).panel.plots[0].figure)
     assert 0 < sum(frames) < 5*2*one < thousand.pool.rgb.nbytes/5
 
+class Many(RunView):
+    "Where its images lie is made up"
+    def features(self, r): return np.random.default_rng(r).normal(size=(len(self.pool), 8))
+
+def many(run, folder, n)->Many:
+    "A run whose images come again and again, under other names and with other scores"
+    names, rows = tuple(f'{i:05}' for i in range(n)), np.arange(n) % len(run.pool)
+    labels = {name: Rows(y, rows) for name, y in run.pool.labels.items()}
+    available = run.pool.available[rows]
+    pool = replace(run.pool, images=names, rgb=Rows(run.pool.rgb, rows), labels=labels, available=available)
+    files, K = RunFolder(shutil.copytree(run.folder.path, folder)), len(run.tasks)
+    scores = np.random.default_rng(0).permutation(n*K)/(n*K)
+    pairs = dict(image=np.repeat(names, K), task=list(run.names)*n, raw=scores, norm=scores)
+    pd.DataFrame(pairs).to_parquet(files.scores_file(0))
+    events = run.events.assign(image=run.events.image.map(dict(zip(run.pool.images, names))))
+    return Many(files, run.config, run.rounds, pool, run.test, events, False)
+
+def test_ten_thousand_images_are_sorted_and_mapped_without_being_sent(opened, tmp_path):
+    "In the pool view what is sent are a page of thumbnails, and a point and a name of each image"
+    few, lot = (PoolExplorer(many(opened, tmp_path/str(n), n)) for n in (100, 10_000))
+    def sent(e): return weight([list(map(dict, e.grid.tiles))])
+    for e in few, lot:
+        e.controls.round.value = 0
+        e.controls.order.label = 'depth, most uncertain first'
+        best = np.argsort(-e.run.scores(0).raw[:, 1], kind='stable')
+        for e.controls.page.value in (1, 2): assert len(e.grid.tiles) == PAGE
+        assert [t['row'] for t in e.grid.tiles] == best[PAGE:2*PAGE].tolist()
+        e.controls.map.value = True
+    assert sent(lot) < 1.2*sent(few), 'it does not depend on how many there are'
+    assert lot.map.figure['data'][0]['type'] == 'scattergl'
+    assert weight(lot.map.figure) < 40*10_000
+    lot.controls.name.value = '09'
+    assert f'{sum("09" in name for name in lot.run.pool.images)} of 10000 images' in lot.status.value
+
 def test_a_run_that_is_not_there_is_refused_before_a_server_starts(tmp_path):
     port = free_port()
     command = [BIN/'partal', 'explore', tmp_path/'nowhere', '--port', port]
@@ -465,20 +529,56 @@ def test_four_views_of_one_run(page, opened, whole_app):
 
 WIDTHS = 390, 1280, 2560
 
-def test_every_width_and_both_themes(page, opened, entropy_app, tmp_path):
-    "Figures fill the page and never more than it; the theme is the system's"
+def test_every_width_and_both_themes(page, opened, whole_app, tmp_path):
+    "In every view figures fill the page and never more than it; the theme is the system's"
+    page.goto(whole_app, timeout=PATIENCE)
+    folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path)
+    for view in VIEWS:
+        page.get_by_role('button', name=view, exact=True).click(timeout=PATIENCE)
+        if view == 'pool': tick(page, 'map of what looks alike')
+        plot = page.locator('.js-plotly-plot:visible').first
+        plot.wait_for(timeout=PATIENCE)
+        for wide in WIDTHS:
+            page.set_viewport_size(dict(width=wide, height=900))
+            drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
+            until(page, lambda: .6*wide < drawn() <= wide)
+            until(page, lambda: page.evaluate('document.scrollingElement.scrollWidth') <= wide)
+            paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
+            for theme, color in dict(dark='#111', light='#fff').items():
+                page.emulate_media(color_scheme=theme)
+                until(page, lambda: paper() == color)
+                page.wait_for_timeout(300) # for the screenshot: the other figures
+                page.screenshot(path=folder/f'{view}-{wide}-{theme}.png', full_page=True)
+
+RECORD = """() => {
+  const log = window.redraw = {}, now = () => performance.now()
+  addEventListener('keydown', () => Object.assign(log, {pressed: now(), progress: null, drawn: null}), true)
+  const busy = () => { if (document.querySelector('.partal-busy')) log.progress ??= now() - log.pressed }
+  new MutationObserver(busy).observe(document.body, {subtree: true, childList: true})
+  document.querySelector('.js-plotly-plot').on('plotly_afterplot', () => { log.drawn ??= now() - log.pressed })
+}"""
+
+def test_how_long_a_redraw_takes_is_written_down(page, opened, entropy_app, tmp_path):
+    "From the key to the progress bar and to the new figure, control by control; how long that may be is not asserted"
     page.goto(entropy_app, timeout=PATIENCE)
-    plot = figure(page)
-    for wide in WIDTHS:
-        page.set_viewport_size(dict(width=wide, height=900))
-        drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
-        until(page, lambda: .6*wide < drawn() <= wide)
-        assert page.evaluate('document.scrollingElement.scrollWidth') <= wide
-        paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
-        for theme, color in dict(dark='#111', light='#fff').items():
-            page.emulate_media(color_scheme=theme)
-            until(page, lambda: paper() == color)
-            page.screenshot(path=tmp_path/f'{wide}-{theme}.png')
+    figure(page)
+    page.wait_for_timeout(1000) # until its place is measured
+    page.evaluate(RECORD)
+    slider = lambda name: (row(page, name).locator('.noUi-handle').first, 'ArrowRight')
+    choice = lambda name: (page.locator('.widget-dropdown', has_text=name).locator('select').first, 'ArrowDown')
+    box = lambda name: (page.locator('.widget-checkbox', has_text=name).locator('input'), 'Space')
+    keys = dict(place=slider('place'), order=choice('order'), round=choice('round'), passes=slider('T, passes'),
+                truth=box('truth and error'), single=slider('single pass'), opacity=slider('above percentile'))
+    rows = []
+    for name, (control, key) in keys.items():
+        control.press(key)
+        until(page, lambda: page.evaluate('window.redraw.drawn'))
+        rows.append(dict(control=name, **page.evaluate('({progress, drawn} = window.redraw, {progress, drawn})')))
+    folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path)
+    table = pd.DataFrame(rows).round()
+    table.to_csv(folder/'redraws.csv', index=False)
+    print(table.to_string())
+    assert table.progress.notna().all() and table.drawn.gt(0).all(), 'each redraw shows its progress'
 
 def server_at(port:str): # the process that `app` started
     return next(p for p in psutil.process_iter(['cmdline']) if f'--port={port}' in (p.info['cmdline'] or []))
