@@ -201,6 +201,9 @@ def slide(page, description:str):
     "One step to the right, with the keyboard"
     row(page, description).locator('.noUi-handle').first.press('ArrowRight')
 
+def choice(page, description:str):
+    return page.locator('.widget-dropdown', has=page.get_by_text(description, exact=True)).locator('select')
+
 def tab_to(page, target):
     "Press Tab until `target` has the focus"
     for _ in range(30):
@@ -224,7 +227,7 @@ def try_entropy(page, opened):
     slide(page, 'place')
     until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, 1, 0).title))
     assert pictures(plot)[0] != before[0]
-    page.locator('.widget-dropdown', has_text='round').locator('select').select_option('1')
+    choice(page, 'round').select_option('1')
     tick(page, 'change since the round before')
     changed = until(page, lambda: next((t for t in titles(figure(page)) if 'semseg, since the round before' in t), ''))
     view = entropy_view(opened, 1, 1, change=True, truth=True)
@@ -233,7 +236,7 @@ def try_entropy(page, opened):
     known = [c.title for c in task_cells(view, opened.tasks[1])][-2:]
     assert known[0] == 'depth, true'
     until(page, lambda: set(known) <= set(titles(figure(page))))
-    page.locator('.widget-dropdown', has_text='curtain').locator('select').select_option('depth, error')
+    choice(page, 'curtain').select_option('depth, error')
     earlier = task_cells(entropy_view(opened, 1, 0, truth=True), opened.tasks[1])[-1].title
     above = page.get_by_alt_text(f'round 0: {earlier}')
     above.wait_for(timeout=PATIENCE)
@@ -256,13 +259,15 @@ def try_selection(page, opened):
     assert marks() == 6
     slide(page, 'budget')
     until(page, lambda: marks() == 7)
-    page.locator('.widget-dropdown', has_text='budget in').locator('select').select_option('labels')
+    choice(page, 'budget in').select_option('labels')
     tick(page, 'rank by score per price')
     before = pictures(picks)
     slide(page, 'purchases from')
     until(page, lambda: any(t.startswith('5. ') for t in titles(picks)))
     assert pictures(picks) != before
-    page.locator('.widget-dropdown', has_text='shares').locator('select').select_option('equal')
+    choice(page, 'shares').select_option('equal')
+    page.get_by_text('use one of both').wait_for(timeout=PATIENCE) # shares, and a ranking by price
+    tick(page, 'rank by score per price')
     page.get_by_text('partal, shares equal').first.wait_for(timeout=PATIENCE)
     page.get_by_role('button', name='save as a query batch').click()
     batch = until(page, lambda: list((opened.folder.path/'explore').glob('selection-*-batch')))[0]
@@ -282,7 +287,7 @@ def try_injection(page, opened):
     assert f'{injected.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
     point(page, plot, 8, 2, 2, f'{number(injected.after["semseg"].map[0, 0])} nats')
     changes = error_changes(opened, 1, ('depth',))[:, 2]
-    order = page.locator('.widget-dropdown', has_text='order').locator('select')
+    order = choice(page, 'order')
     order.select_option('normals, most harmed first')
     until(page, lambda: titles(plot)[0] == plain(injection_view(opened, int(changes.argmax()), 1).title))
     page.get_by_text(f'1 of 3; normals: {change_text(float(changes.max()))}').wait_for(timeout=PATIENCE)
@@ -320,11 +325,11 @@ def test_the_keyboard_is_enough(page, opened, entropy_app):
     for i in (1, 2):
         page.keyboard.press('ArrowRight')
         until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
-    tab_to(page, page.locator('.widget-dropdown', has_text='order').locator('select'))
+    tab_to(page, choice(page, 'order'))
     page.keyboard.press('ArrowDown')
     third = int(np.argsort(-opened.scores(0).norm[:, 0], kind='stable')[2])
     until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, third, 0).title))
-    tab_to(page, page.locator('.widget-dropdown', has_text='round').locator('select'))
+    tab_to(page, choice(page, 'round'))
     page.keyboard.press('ArrowDown')
     change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
     until(page, change.is_enabled) # round 0 has no round before it
@@ -395,8 +400,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
     with app('entropy', thousand.folder.path, page, tmp_path) as url:
         page.goto(url, timeout=PATIENCE)
         plot = figure(page)
-        choice = page.locator('.widget-dropdown', has_text='order')
-        choice.locator('select').select_option('depth, most uncertain first')
+        choice(page, 'order').select_option('depth, most uncertain first')
         order = np.argsort(-thousand.scores(0).norm[:, 1], kind='stable')
         until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[0]), 0).title))
         page.wait_for_timeout(500) # until all has come
@@ -497,12 +501,11 @@ def test_four_views_of_one_run(page, opened, whole_app):
     page.goto(whole_app, timeout=PATIENCE)
     names = lambda: page.locator('button img').evaluate_all("es => es.map(e => e.alt.split(' ')[1])")
     until(page, lambda: names() == list(opened.pool.images), 120)
-    choice = page.locator('.widget-dropdown', has_text='order').locator('select')
-    choice.select_option('depth, most uncertain first')
+    choice(page, 'order').select_option('depth, most uncertain first')
     order = np.argsort(-opened.scores(0).raw[:, 1], kind='stable')
     expected = [opened.pool.images[n] for n in order]
     until(page, lambda: names() == expected)
-    page.locator('.widget-dropdown', has_text='pairs').locator('select').select_option('unlabeled')
+    choice(page, 'pairs').select_option('unlabeled')
     some = set(np.flatnonzero(~opened.labeled(0).all(1)))
     until(page, lambda: names() == [opened.pool.images[n] for n in order if n in some])
     tick(page, 'map of what looks alike')
@@ -539,8 +542,8 @@ def test_every_width_and_both_themes(page, opened, whole_app, tmp_path):
         plot = page.locator('.js-plotly-plot:visible').first
         plot.wait_for(timeout=PATIENCE)
         for wide in WIDTHS:
-            page.set_viewport_size(dict(width=wide, height=900))
-            drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
+            page.set_viewport_size(dict(width=wide, height=1600))
+            drawn = lambda: plot.evaluate('gd => gd._fullLayout?.width ?? 0') # 0: it is not drawn yet
             until(page, lambda: .6*wide < drawn() <= wide)
             until(page, lambda: page.evaluate('document.scrollingElement.scrollWidth') <= wide)
             paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
@@ -548,7 +551,7 @@ def test_every_width_and_both_themes(page, opened, whole_app, tmp_path):
                 page.emulate_media(color_scheme=theme)
                 until(page, lambda: paper() == color)
                 page.wait_for_timeout(300) # for the screenshot: the other figures
-                page.screenshot(path=folder/f'{view}-{wide}-{theme}.png', full_page=True)
+                page.screenshot(path=folder/f'{view}-{wide}-{theme}.png')
 
 RECORD = """() => {
   const log = window.redraw = {}, now = () => performance.now()
@@ -565,9 +568,9 @@ def test_how_long_a_redraw_takes_is_written_down(page, opened, entropy_app, tmp_
     page.wait_for_timeout(1000) # until its place is measured
     page.evaluate(RECORD)
     slider = lambda name: (row(page, name).locator('.noUi-handle').first, 'ArrowRight')
-    choice = lambda name: (page.locator('.widget-dropdown', has_text=name).locator('select').first, 'ArrowDown')
+    chosen = lambda name: (choice(page, name), 'ArrowDown')
     box = lambda name: (page.locator('.widget-checkbox', has_text=name).locator('input'), 'Space')
-    keys = dict(place=slider('place'), order=choice('order'), round=choice('round'), passes=slider('T, passes'),
+    keys = dict(place=slider('place'), order=chosen('order'), round=chosen('round'), passes=slider('T, passes'),
                 truth=box('truth and error'), single=slider('single pass'), opacity=slider('above percentile'))
     rows = []
     for name, (control, key) in keys.items():
