@@ -9,10 +9,12 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from colorspacious import cspace_convert
@@ -22,12 +24,16 @@ from partal_nb.core import distinct_colors
 from partal_nb.tasks import semseg_task, standard_task
 from partal_nb.config import preset
 from partal_nb.data.dataset import write_dataset
-from partal_nb.explore.entropy import EntropyExplorer, entropy_view
-from partal_nb.explore.injection import injection_view
-from partal_nb.explore.selection import reasons
-from partal_nb.explore.run import TINY, open_run_view, tiny_run
+from partal_nb.data.arrays import Rows
+from partal_nb.explore.pool import PAGE, PoolExplorer
+from partal_nb.explore.entropy import EntropyExplorer, entropy_view, task_cells
+from partal_nb.explore.injection import change_text, injection_view
+from partal_nb.explore.purchases import reasons
+from partal_nb.explore.subsets import error_changes
+from partal_nb.explore.run import TINY, RunView, open_run_view, tiny_run
 from partal_nb.explore.plot import number, weight
-from partal_nb.explore.chooser import RunChooser
+from partal_nb.explore.chooser import VIEWS, RunChooser
+from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.loop import run
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
@@ -127,14 +133,30 @@ def lab(opened, tmp_path_factory):
         yield f'{url}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token=lab-token'
 
 @contextmanager
-def app(name, folder, page, tmp):
+def explored(name, folder, tmp):
     "`partal explore`, and the address that it prints"
     port = free_port()
     command = [BIN/'partal', 'explore', folder, '--app', name, '--port', port]
     with served(command, f'http://127.0.0.1:{port}', tmp) as log:
-        try: yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
-        finally: page.leave()
+        yield re.search(rf'http://127.0.0.1:{port}/\?token=[\w-]{{20,}}', log.read_text())[0]
     assert not answers(f'http://127.0.0.1:{port}'), 'what ends `partal explore` ends its server'
+
+@contextmanager
+def app(name, folder, page, tmp):
+    "An app of its own"
+    with explored(name, folder, tmp) as url:
+        try: yield url
+        finally: page.leave()
+
+@pytest.fixture(scope='module')
+def entropy_app(opened, tmp_path_factory):
+    "The run in miniature in one view; each test that opens it has a kernel of its own"
+    with explored('entropy', opened.folder.path, tmp_path_factory.mktemp('entropy')) as url: yield url
+
+@pytest.fixture(scope='module')
+def whole_app(opened, tmp_path_factory):
+    "The run in miniature in four views"
+    with explored('all', opened.folder.path, tmp_path_factory.mktemp('all')) as url: yield url
 
 # What can be seen and done
 
@@ -159,14 +181,18 @@ def until(page, f, seconds=90):
 def point(page, plot, axis, x:float, y:float, text:str):
     "With the mouse at (x, y) of its n-th picture the plot shows this text"
     plot.scroll_into_view_if_needed()
-    at = plot.evaluate("""(gd, [n, x, y]) => {
+    place = """(gd, [n, x, y]) => {
         const layout = gd._fullLayout, a = layout['xaxis' + n], b = layout['yaxis' + n]
         const box = gd.getBoundingClientRect()
         return [box.left + a._offset + a.d2p(x), box.top + b._offset + b.d2p(y)]
-    }""", [axis, x, y])
-    page.mouse.move(at[0] + 3, at[1] + 3)
-    page.mouse.move(*at)
-    until(page, lambda: plot.locator('.hoverlayer .hovertext').all_text_contents() == [text])
+    }"""
+    def shown(): # the figure is drawn again once its place is measured: the mouse follows
+        at = plot.evaluate(place, [axis, x, y])
+        page.mouse.move(at[0] + 3, at[1] + 3)
+        page.mouse.move(*at)
+        page.wait_for_timeout(100)
+        return plot.locator('.hoverlayer .hovertext').all_text_contents() == [text]
+    until(page, shown)
 
 def row(page, description:str):
     return page.locator('.widget-inline-hbox', has=page.get_by_text(description, exact=True))
@@ -174,6 +200,9 @@ def row(page, description:str):
 def slide(page, description:str):
     "One step to the right, with the keyboard"
     row(page, description).locator('.noUi-handle').first.press('ArrowRight')
+
+def choice(page, description:str):
+    return page.locator('.widget-dropdown', has=page.get_by_text(description, exact=True)).locator('select')
 
 def tab_to(page, target):
     "Press Tab until `target` has the focus"
@@ -198,11 +227,22 @@ def try_entropy(page, opened):
     slide(page, 'place')
     until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, 1, 0).title))
     assert pictures(plot)[0] != before[0]
-    page.locator('.widget-dropdown', has_text='round').locator('select').select_option('1')
+    choice(page, 'round').select_option('1')
     tick(page, 'change since the round before')
     changed = until(page, lambda: next((t for t in titles(figure(page)) if 'semseg, since the round before' in t), ''))
-    view = entropy_view(opened, 1, 1, change=True)
+    view = entropy_view(opened, 1, 1, change=True, truth=True)
     assert changed.endswith(f'{number((view.maps["semseg"] - view.earlier["semseg"]).mean(), sign=True)} nats')
+    tick(page, 'truth and error')
+    known = [c.title for c in task_cells(view, opened.tasks[1])][-2:]
+    assert known[0] == 'depth, true'
+    until(page, lambda: set(known) <= set(titles(figure(page))))
+    choice(page, 'curtain').select_option('depth, error')
+    earlier = task_cells(entropy_view(opened, 1, 0, truth=True), opened.tasks[1])[-1].title
+    above = page.get_by_alt_text(f'round 0: {earlier}')
+    above.wait_for(timeout=PATIENCE)
+    half = above.evaluate('e => e.style.clipPath')
+    page.get_by_label('curtain').press('ArrowRight')
+    assert above.evaluate('e => e.style.clipPath') != half, 'the keyboard moves the curtain'
 
 def try_selection(page, opened):
     plot = figure(page)
@@ -219,12 +259,21 @@ def try_selection(page, opened):
     assert marks() == 6
     slide(page, 'budget')
     until(page, lambda: marks() == 7)
-    page.locator('.widget-dropdown', has_text='budget in').locator('select').select_option('labels')
+    choice(page, 'budget in').select_option('labels')
     tick(page, 'rank by score per price')
     before = pictures(picks)
     slide(page, 'purchases from')
     until(page, lambda: any(t.startswith('5. ') for t in titles(picks)))
     assert pictures(picks) != before
+    choice(page, 'shares').select_option('equal')
+    page.get_by_text('use one of both').wait_for(timeout=PATIENCE) # shares, and a ranking by price
+    tick(page, 'rank by score per price')
+    page.get_by_text('partal, shares equal').first.wait_for(timeout=PATIENCE)
+    page.get_by_role('button', name='save as a query batch').click()
+    batch = until(page, lambda: list((opened.folder.path/'explore').glob('selection-*-batch')))[0]
+    asked = pd.read_csv(batch/'queries.csv')
+    assert asked.groupby('task').size().max() - asked.groupby('task').size().min() <= 1
+    shutil.rmtree(batch) # for the next one who tries
 
 def try_injection(page, opened):
     plot = figure(page)
@@ -237,6 +286,12 @@ def try_injection(page, opened):
     injected = injection_view(opened, 0, 1, ('depth',))
     assert f'{injected.after["normals"].metric:.2f} °' in page.locator('table', has_text='entropy before').inner_text()
     point(page, plot, 8, 2, 2, f'{number(injected.after["semseg"].map[0, 0])} nats')
+    changes = error_changes(opened, 1, ('depth',))[:, 2]
+    order = choice(page, 'order')
+    order.select_option('normals, most harmed first')
+    until(page, lambda: titles(plot)[0] == plain(injection_view(opened, int(changes.argmax()), 1).title))
+    page.get_by_text(f'1 of 3; normals: {change_text(float(changes.max()))}').wait_for(timeout=PATIENCE)
+    order.select_option('as in the test set')
     slide(page, 'place')
     until(page, lambda: titles(plot)[0] == plain(injection_view(opened, 1, 1).title))
     page.get_by_role('button', name='measure all sets').click()
@@ -252,50 +307,52 @@ def test_notebook(name, page, lab, opened):
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     TRY[name](page, opened)
 
-@pytest.mark.parametrize('name', APPS)
-def test_app(name, page, opened, tmp_path):
-    with app(name, opened.folder.path, page, tmp_path) as url:
-        assert 'login' in urllib.request.urlopen(url.split('?')[0]).url, 'the app is not shown without the token'
-        page.goto(url, timeout=PATIENCE)
-        TRY[name](page, opened)
+def test_app(page, opened, entropy_app):
+    assert 'login' in urllib.request.urlopen(entropy_app.split('?')[0]).url, 'the app is not shown without the token'
+    page.goto(entropy_app, timeout=PATIENCE)
+    try_entropy(page, opened)
 
-def test_the_keyboard_is_enough(page, opened, tmp_path):
+@pytest.mark.parametrize('name', APPS[1:])
+def test_view(name, page, opened, whole_app):
+    page.goto(f'{whole_app}#view={name}', timeout=PATIENCE)
+    TRY[name](page, opened)
+
+def test_the_keyboard_is_enough(page, opened, entropy_app):
     "From control to control with Tab: the image, the order, the round, the change, and both ways to save"
-    with app('entropy', opened.folder.path, page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
-        plot = figure(page)
-        tab_to(page, row(page, 'place').locator('.noUi-handle').first)
-        for i in (1, 2):
-            page.keyboard.press('ArrowRight')
-            until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
-        tab_to(page, page.locator('.widget-dropdown', has_text='order').locator('select'))
-        page.keyboard.press('ArrowDown')
-        third = int(np.argsort(-opened.scores(0).norm[:, 0], kind='stable')[2])
-        until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, third, 0).title))
-        tab_to(page, page.locator('.widget-dropdown', has_text='round').locator('select'))
-        page.keyboard.press('ArrowDown')
-        change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
-        until(page, change.is_enabled) # round 0 has no round before it
-        tab_to(page, change)
-        page.keyboard.press('Space')
-        until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
-        tab_to(page, page.get_by_role('button', name='save as HTML'))
-        page.keyboard.press('Enter')
-        kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-*-round1-*.html')))[0]
-        tab_to(page, page.get_by_role('button', name='save as PNG'))
-        with page.expect_download() as saved: page.keyboard.press('Enter')
-        picture = Image.open(saved.value.path())
-        assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-tiny-round1-T3-')
-        assert picture.width >= plot.evaluate('gd => gd._fullLayout.width')
-        assert len(picture.convert('RGB').getcolors(10**6)) > 1000
-        alone, shown = page.context.new_page(), titles(plot)
-        alone.on('request', lambda r: page.refused.append(r.url) if r.url.startswith('http') else None)
-        alone.goto(kept.as_uri())
-        assert titles(figure(alone)) == shown, 'a page that needs nothing else'
-        assert pictures(figure(alone))[0] == pictures(plot)[0]
-        for p in page, alone:
-            assert not p.locator('.modebar-btn[data-title^=Share]').count(), 'no button sends a picture away'
-        alone.close()
+    page.goto(entropy_app, timeout=PATIENCE)
+    plot = figure(page)
+    tab_to(page, row(page, 'place').locator('.noUi-handle').first)
+    for i in (1, 2):
+        page.keyboard.press('ArrowRight')
+        until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, i, 0).title))
+    tab_to(page, choice(page, 'order'))
+    page.keyboard.press('ArrowDown')
+    third = int(np.argsort(-opened.scores(0).norm[:, 0], kind='stable')[2])
+    until(page, lambda: titles(plot)[0] == plain(entropy_view(opened, third, 0).title))
+    tab_to(page, choice(page, 'round'))
+    page.keyboard.press('ArrowDown')
+    change = page.locator('.widget-checkbox', has_text='change since the round before').locator('input')
+    until(page, change.is_enabled) # round 0 has no round before it
+    tab_to(page, change)
+    page.keyboard.press('Space')
+    until(page, lambda: any('semseg, since the round before' in t for t in titles(plot)))
+    tab_to(page, page.get_by_role('button', name='save as HTML'))
+    page.keyboard.press('Enter')
+    kept = until(page, lambda: list((opened.folder.path/'explore').glob('entropy-*-round1-*.html')))[0]
+    tab_to(page, page.get_by_role('button', name='save as PNG'))
+    with page.expect_download() as saved: page.keyboard.press('Enter')
+    picture = Image.open(saved.value.path())
+    assert picture.format == 'PNG' and saved.value.suggested_filename.startswith('entropy-tiny-round1-T3-')
+    assert picture.width >= plot.evaluate('gd => gd._fullLayout.width')
+    assert len(picture.convert('RGB').getcolors(10**6)) > 1000
+    alone, shown = page.context.new_page(), titles(plot)
+    alone.on('request', lambda r: page.refused.append(r.url) if r.url.startswith('http') else None)
+    alone.goto(kept.as_uri())
+    assert titles(figure(alone)) == shown, 'a page that needs nothing else'
+    assert pictures(figure(alone))[0] == pictures(plot)[0]
+    for p in page, alone:
+        assert not p.locator('.modebar-btn[data-title^=Share]').count(), 'no button sends a picture away'
+    alone.close()
 
 def older(folder):
     config = folder/'config.json'
@@ -343,8 +400,7 @@ def test_a_thousand_images(page, thousand, tmp_path):
     with app('entropy', thousand.folder.path, page, tmp_path) as url:
         page.goto(url, timeout=PATIENCE)
         plot = figure(page)
-        choice = page.locator('.widget-dropdown', has_text='order')
-        choice.locator('select').select_option('depth, most uncertain first')
+        choice(page, 'order').select_option('depth, most uncertain first')
         order = np.argsort(-thousand.scores(0).norm[:, 1], kind='stable')
         until(page, lambda: titles(plot)[0] == plain(entropy_view(thousand, int(order[0]), 0).title))
         page.wait_for_timeout(500) # until all has come
@@ -355,6 +411,40 @@ def test_a_thousand_images(page, thousand, tmp_path):
         page.get_by_text('6 of 1000').wait_for()
     one = weight(EntropyExplorer(thousand).panel.plots[0].figure)
     assert 0 < sum(frames) < 5*2*one < thousand.pool.rgb.nbytes/5
+
+class Many(RunView):
+    "Where its images lie is made up"
+    def features(self, r): return np.random.default_rng(r).normal(size=(len(self.pool), 8))
+
+def many(run, folder, n)->Many:
+    "A run whose images come again and again, under other names and with other scores"
+    names, rows = tuple(f'{i:05}' for i in range(n)), np.arange(n) % len(run.pool)
+    labels = {name: Rows(y, rows) for name, y in run.pool.labels.items()}
+    available = run.pool.available[rows]
+    pool = replace(run.pool, images=names, rgb=Rows(run.pool.rgb, rows), labels=labels, available=available)
+    files, K = RunFolder(shutil.copytree(run.folder.path, folder)), len(run.tasks)
+    scores = np.random.default_rng(0).permutation(n*K)/(n*K)
+    pairs = dict(image=np.repeat(names, K), task=list(run.names)*n, raw=scores, norm=scores)
+    pd.DataFrame(pairs).to_parquet(files.scores_file(0))
+    events = run.events.assign(image=run.events.image.map(dict(zip(run.pool.images, names))))
+    return Many(files, run.config, run.rounds, pool, run.test, events, False)
+
+def test_ten_thousand_images_are_sorted_and_mapped_without_being_sent(opened, tmp_path):
+    "In the pool view what is sent are a page of thumbnails, and a point and a name of each image"
+    few, lot = (PoolExplorer(many(opened, tmp_path/str(n), n)) for n in (100, 10_000))
+    def sent(e): return weight([list(map(dict, e.grid.tiles))])
+    for e in few, lot:
+        e.controls.round.value = 0
+        e.controls.order.label = 'depth, most uncertain first'
+        best = np.argsort(-e.run.scores(0).raw[:, 1], kind='stable')
+        for e.controls.page.value in (1, 2): assert len(e.grid.tiles) == PAGE
+        assert [t['row'] for t in e.grid.tiles] == best[PAGE:2*PAGE].tolist()
+        e.controls.map.value = True
+    assert sent(lot) < 1.2*sent(few), 'it does not depend on how many there are'
+    assert lot.map.figure['data'][0]['type'] == 'scattergl'
+    assert weight(lot.map.figure) < 40*10_000
+    lot.controls.name.value = '09'
+    assert f'{sum("09" in name for name in lot.run.pool.images)} of 10000 images' in lot.status.value
 
 def test_a_run_that_is_not_there_is_refused_before_a_server_starts(tmp_path):
     port = free_port()
@@ -393,73 +483,105 @@ def test_data_by_a_relative_path_that_then_moves(page, tmp_path, monkeypatch):
         page.get_by_role('button', name='open', exact=True).click()
         assert titles(figure(page))[0].startswith('image 0')
 
-def test_a_reload_a_link_and_back_show_the_same_view(page, opened, tmp_path):
-    with app('entropy', opened.folder.path, page, tmp_path) as url:
-        page.goto(f'{url}#place=3&round=1', timeout=PATIENCE)
-        third = plain(entropy_view(opened, 2, 1).title)
-        until(page, lambda: titles(figure(page))[0] == third, 120)
-        slide(page, 'place')
-        until(page, lambda: 'place=4' in page.url and 'round=1' in page.url)
-        page.reload()
-        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title), 120)
-        slide(page, 'place')
-        until(page, lambda: 'place=5' in page.url)
-        page.go_back()
-        until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title))
+def test_a_reload_a_link_and_back_show_the_same_view(page, opened, entropy_app):
+    page.goto(f'{entropy_app}#place=3&round=1', timeout=PATIENCE)
+    third = plain(entropy_view(opened, 2, 1).title)
+    until(page, lambda: titles(figure(page))[0] == third, 120)
+    slide(page, 'place')
+    until(page, lambda: 'place=4' in page.url and 'round=1' in page.url)
+    page.reload()
+    until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title), 120)
+    slide(page, 'place')
+    until(page, lambda: 'place=5' in page.url)
+    page.go_back()
+    until(page, lambda: titles(figure(page))[0] == plain(entropy_view(opened, 3, 1).title))
 
-def test_four_views_of_one_run(page, opened, tmp_path):
+def test_four_views_of_one_run(page, opened, whole_app):
     "Sorted and filtered thumbnails, a lasso on the map, an image opened from them, keys, and all of it in the address"
-    with app('all', opened.folder.path, page, tmp_path) as url:
-        page.goto(url, timeout=PATIENCE)
-        names = lambda: page.locator('button img').evaluate_all("es => es.map(e => e.alt.split(' ')[1])")
-        until(page, lambda: names() == list(opened.pool.images), 120)
-        choice = page.locator('.widget-dropdown', has_text='order').locator('select')
-        choice.select_option('depth, most uncertain first')
-        order = np.argsort(-opened.scores(0).raw[:, 1], kind='stable')
-        expected = [opened.pool.images[n] for n in order]
-        until(page, lambda: names() == expected)
-        page.locator('.widget-dropdown', has_text='pairs').locator('select').select_option('unlabeled')
-        some = set(np.flatnonzero(~opened.labeled(0).all(1)))
-        until(page, lambda: names() == [opened.pool.images[n] for n in order if n in some])
-        tick(page, 'map of what looks alike')
-        plot = page.locator('.js-plotly-plot').first
-        plot.locator('.scatterlayer .point').first.wait_for(timeout=PATIENCE)
-        box = plot.locator('.nsewdrag').first.bounding_box()
-        corners = [(.01, .01), (.5, .01), (.5, .99), (.01, .99), (.01, .01)]
-        at = [(box['x'] + x*box['width'], box['y'] + y*box['height']) for x, y in corners]
-        page.mouse.move(*at[0])
-        page.mouse.down()
-        for x, y in at[1:]: page.mouse.move(x, y, steps=8)
-        page.mouse.up()
-        until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
-        first = names()[0]
-        page.locator('button', has=page.locator('img')).first.press('Enter')
-        until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
-        assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
-        page.keyboard.press('?')
-        assert page.get_by_text('Arrow keys: move a slider').is_visible()
-        page.keyboard.press('3')
-        page.get_by_text('of them were bought by the run').first.wait_for(timeout=PATIENCE)
-        page.go_back()
-        until(page, lambda: page.get_by_text('enlarge').is_visible())
+    page.goto(whole_app, timeout=PATIENCE)
+    names = lambda: page.locator('button img').evaluate_all("es => es.map(e => e.alt.split(' ')[1])")
+    until(page, lambda: names() == list(opened.pool.images), 120)
+    choice(page, 'order').select_option('depth, most uncertain first')
+    order = np.argsort(-opened.scores(0).raw[:, 1], kind='stable')
+    expected = [opened.pool.images[n] for n in order]
+    until(page, lambda: names() == expected)
+    choice(page, 'pairs').select_option('unlabeled')
+    some = set(np.flatnonzero(~opened.labeled(0).all(1)))
+    until(page, lambda: names() == [opened.pool.images[n] for n in order if n in some])
+    tick(page, 'map of what looks alike')
+    plot = page.locator('.js-plotly-plot').first
+    plot.locator('.scatterlayer .point').first.wait_for(timeout=PATIENCE)
+    box = plot.locator('.nsewdrag').first.bounding_box()
+    corners = [(.01, .01), (.5, .01), (.5, .99), (.01, .99), (.01, .01)]
+    at = [(box['x'] + x*box['width'], box['y'] + y*box['height']) for x, y in corners]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    for x, y in at[1:]: page.mouse.move(x, y, steps=8)
+    page.mouse.up()
+    until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
+    first = names()[0]
+    page.locator('button', has=page.locator('img')).first.press('Enter')
+    until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
+    assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
+    page.keyboard.press('?')
+    assert page.get_by_text('Arrow keys: move a slider').is_visible()
+    page.keyboard.press('3')
+    page.get_by_text('of them were bought by the run').first.wait_for(timeout=PATIENCE)
+    page.go_back()
+    until(page, lambda: page.get_by_text('enlarge').is_visible())
 
 WIDTHS = 390, 1280, 2560
 
-def test_every_width_and_both_themes(page, opened, tmp_path):
-    "Figures fill the page and never more than it; the theme is the system's"
-    with app('entropy', opened.folder.path, page, tmp_path) as url:
+def test_every_width_and_both_themes(page, opened, whole_app, tmp_path):
+    "In every view figures fill the page and never more than it; the theme is the system's"
+    page.goto(whole_app, timeout=PATIENCE)
+    folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path)
+    for view in VIEWS:
+        page.get_by_role('button', name=view, exact=True).click(timeout=PATIENCE)
+        if view == 'pool': tick(page, 'map of what looks alike')
+        plot = page.locator('.js-plotly-plot:visible').first
+        plot.wait_for(timeout=PATIENCE)
         for wide in WIDTHS:
-            page.set_viewport_size(dict(width=wide, height=900))
-            page.goto(url, timeout=PATIENCE)
-            plot = figure(page)
-            drawn = lambda: plot.evaluate('gd => gd._fullLayout.width')
+            page.set_viewport_size(dict(width=wide, height=1600))
+            drawn = lambda: plot.evaluate('gd => gd._fullLayout?.width ?? 0') # 0: it is not drawn yet
             until(page, lambda: .6*wide < drawn() <= wide)
-            assert page.evaluate('document.scrollingElement.scrollWidth') <= wide
+            until(page, lambda: page.evaluate('document.scrollingElement.scrollWidth') <= wide)
             paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
             for theme, color in dict(dark='#111', light='#fff').items():
                 page.emulate_media(color_scheme=theme)
                 until(page, lambda: paper() == color)
-                page.screenshot(path=tmp_path/f'{wide}-{theme}.png')
+                page.wait_for_timeout(300) # for the screenshot: the other figures
+                page.screenshot(path=folder/f'{view}-{wide}-{theme}.png')
+
+RECORD = """() => {
+  const log = window.redraw = {}, now = () => performance.now()
+  addEventListener('keydown', () => Object.assign(log, {pressed: now(), progress: null, drawn: null}), true)
+  const busy = () => { if (document.querySelector('.partal-busy')) log.progress ??= now() - log.pressed }
+  new MutationObserver(busy).observe(document.body, {subtree: true, childList: true})
+  document.querySelector('.js-plotly-plot').on('plotly_afterplot', () => { log.drawn ??= now() - log.pressed })
+}"""
+
+def test_how_long_a_redraw_takes_is_written_down(page, opened, entropy_app, tmp_path):
+    "From the key to the progress bar and to the new figure, control by control; how long that may be is not asserted"
+    page.goto(entropy_app, timeout=PATIENCE)
+    figure(page)
+    page.wait_for_timeout(1000) # until its place is measured
+    page.evaluate(RECORD)
+    slider = lambda name: (row(page, name).locator('.noUi-handle').first, 'ArrowRight')
+    chosen = lambda name: (choice(page, name), 'ArrowDown')
+    box = lambda name: (page.locator('.widget-checkbox', has_text=name).locator('input'), 'Space')
+    keys = dict(place=slider('place'), order=chosen('order'), round=chosen('round'), passes=slider('T, passes'),
+                truth=box('truth and error'), single=slider('single pass'), opacity=slider('above percentile'))
+    rows = []
+    for name, (control, key) in keys.items():
+        control.press(key)
+        until(page, lambda: page.evaluate('window.redraw.drawn'))
+        rows.append(dict(control=name, **page.evaluate('({progress, drawn} = window.redraw, {progress, drawn})')))
+    folder = Path(os.environ.get('PARTAL_ARTIFACTS') or tmp_path)
+    table = pd.DataFrame(rows).round()
+    table.to_csv(folder/'redraws.csv', index=False)
+    print(table.to_string())
+    assert table.progress.notna().all() and table.drawn.gt(0).all(), 'each redraw shows its progress'
 
 def server_at(port:str): # the process that `app` started
     return next(p for p in psutil.process_iter(['cmdline']) if f'--port={port}' in (p.info['cmdline'] or []))

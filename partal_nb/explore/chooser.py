@@ -239,6 +239,7 @@ APP_STYLE = """<style>
     --jp-layout-color4: #777; --jp-border-color0: #777; --jp-border-color1: #666; --jp-border-color2: #444;
     --jp-ui-font-color0: #fff; --jp-ui-font-color1: #ddd; --jp-ui-font-color2: #bbb; --jp-ui-font-color3: #999;
     --jp-content-font-color0: #fff; --jp-content-font-color1: #ddd; --jp-content-font-color2: #bbb }
+  body[data-voila] .widget-dropdown > select { appearance: auto; background-image: none }
 }
 body[data-voila] .jp-Notebook, body[data-voila] .jp-Cell { padding: 0 }
 </style>""" # an app's theme is the system's; JupyterLab has its own

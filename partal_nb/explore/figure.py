@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST', 'GAP', 'BAR', 'TITLE', 'TOP', 'SMALL_FONT', 'FONT', 'WHITE', 'APART', 'LINE_HEIGHT', 'BARE', 'same', 'Cell',
            'Bars', 'thinned', 'has_class_colors', 'label_cell', 'map_cell', 'photo_cell', 'error_map', 'right_or_wrong',
-           'error_cell', 'image_metric', 'colorscale', 'plain_figure', 'task_color', 'nth', 'Grid', 'grid_of', 'figure']
+           'error_cell', 'image_metric', 'colorscale', 'plain_figure', 'task_color', 'nth', 'png_url', 'Grid',
+           'grid_of', 'figure']
 
 # %% ../../nbs/68_explore.figure.ipynb #c000023e
 import base64
@@ -222,7 +223,8 @@ def nth(
     return f'{name}{n if n > 1 else ""}'
 
 # %% ../../nbs/68_explore.figure.ipynb #c0000233
-def _png(rgb:np.ndarray)->str: # a data URL
+def png_url(rgb:np.ndarray)->str: # (H, W, 3) uint8 -> a data URL
+    "A picture that needs no file"
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(rgb)).save(buffer, 'png', compress_level=1)
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
@@ -251,7 +253,7 @@ def _cell_trace(c:Cell, size:tuple, place:dict)->dict: # size: (H, W) of the fig
     at = dict(x0=(dx - 1)/2, dx=dx, y0=(dy - 1)/2, dy=dy)
     at |= dict(opacity=c.opacity, meta=dict(title=plain_text(c.title), unit=c.unit))
     if c.z.ndim == 2: return at | _heat_trace(c, place)
-    image = dict(at, type='image', source=_png(c.z))
+    image = dict(at, type='image', source=png_url(c.z))
     return image | (dict(hoverinfo='text', text=c.text) if c.text.size else dict(hoverinfo='skip'))
 
 # %% ../../nbs/68_explore.figure.ipynb #f62ad027

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'SCORE_UNITS', 'TINY', 'kept', 'threads', 'RunData', 'RunLabels', 'RunNetworks', 'NetworkOutput',
-           'network_output', 'spread', 'RunOutputs', 'score_unit', 'RunStrategy', 'RunAcquisition', 'RunScores',
-           'half_nats', 'value_span', 'RunView', 'check_data', 'read_events', 'open_run_view', 'tiny_run']
+           'network_output', 'spread', 'RunInputs', 'RunOutputs', 'score_unit', 'RunStrategy', 'RunAcquisition',
+           'RunScores', 'half_nats', 'value_span', 'RunView', 'check_data', 'read_events', 'open_run_view', 'tiny_run']
 
 # %% ../../nbs/90_explore.run.ipynb #c000022b
 import sqlite3
@@ -175,8 +175,19 @@ def spread(
     some = np.linspace(0, N - 1, n).astype(int)
     return np.unique(some).tolist()
 
+# %% ../../nbs/90_explore.run.ipynb #005eec1e
+class RunInputs(RunNetworks):
+    "What the networks are given"
+    def inputs(self, split:str, image:int, inject:tuple)->tuple: # as in `output`
+        "An image as a network takes it, with the labels to inject; PyTorch is seeded for its passes"
+        arrays = dict(pool=self.pool, test=self.test)[split]
+        injected = np.array([[t.name in inject for t in self.tasks]])
+        rgb, labels = arrays.batch([image], injected)
+        set_seed(derive_seed(self.config.seed, 'explore', split, image))
+        return unit_rgb(rgb), labels if inject else None
+
 # %% ../../nbs/90_explore.run.ipynb #19d2bed9
-class RunOutputs(RunNetworks):
+class RunOutputs(RunInputs):
     "What the network of a round predicts for one image of the pool, or for one test image"
     @kept(256)
     def output(self,
@@ -188,13 +199,8 @@ class RunOutputs(RunNetworks):
         estimator:str, # one of `estimators`
     )->NetworkOutput:
         "Final predictions and entropy maps of one image"
-        models = self.networks(r)
-        arrays = dict(pool=self.pool, test=self.test)[split]
-        injected = np.array([[t.name in inject for t in self.tasks]])
-        rgb, labels = arrays.batch([image], injected)
         acquisition = Acquisition(('entropy',), estimator, T or self.config.passes)
-        set_seed(derive_seed(self.config.seed, 'explore', split, image))
-        return network_output(models, acquisition, unit_rgb(rgb), labels if inject else None)
+        return network_output(self.networks(r), acquisition, *self.inputs(split, image, inject))
 
     def some_maps(self, estimator:str)->list[dict]: # task -> (h, w), nats; no round without its networks
         "Entropy maps of eight images of the pool, by the first and by the last network"
