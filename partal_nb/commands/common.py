@@ -57,7 +57,7 @@ def show(
     x,            # what a command returns
     as_json:bool, # or as text
 ):
-    "Print what came out"
+    "Print a result"
     typer.echo(json.dumps(jsonable(x), indent=1, ensure_ascii=False) if as_json else x)
 
 # %% ../../nbs/79_commands.common.ipynb #119dcbf1
