@@ -26,7 +26,7 @@ demo: .venv/.run
 
 test: check
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing --skip_folder_re '^[_.]|^runs$$'
-	@pytest tests -n $(WORKERS) --dist loadfile
+	@pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # nbdev turns its own errors into warnings, so what counts is whether git sees a difference.
 check: .venv/.dev

@@ -11,6 +11,13 @@ import pytest
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
 
+# What takes minutes, the longest first: a file is one worker's, and the last one should not keep the others waiting
+LONG = ['explore', 'docs', 'executors', 'sweep', 'run', 'runs', 'cli', 'ask', 'first_week', 'types', 'strategies']
+
+def pytest_collection_modifyitems(items):
+    rank = {f'test_{name}': i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
 @pytest.fixture(scope='session')
 def shared()->Path:
     "Real sample data; it can not be redistributed, so it lies beside the repository or where `PARTAL_SHARED` says"

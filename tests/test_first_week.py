@@ -1,10 +1,13 @@
 """A lead's first week, from a terminal: a start, Label Studio and CVAT, late, wrong, corrected and rejected answers,
 new images, a changed photograph, a lost ledger, and where it all stands"""
+import base64
+import io
 import json
 import re
-import zipfile
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -160,6 +163,11 @@ def test_saturday_the_ledger_is_lost(week):
     assert 'without a backup' in week.partal('restore')
     assert week.labels().keys() == labels.keys() and 'there is nothing to restore' in week.partal('restore', code=2)
 
+def called(*args): # a command without --project
+    r = CliRunner().invoke(app, [*map(str, args)])
+    assert r.exit_code == 0, (args, r.stdout, r.stderr, r.exception)
+    return r.stdout
+
 def test_sunday_where_it_stands(week):
     "Money, labels and networks are there to read, by status, by the log, and by whatever reads a run"
     said = week.partal('status')
@@ -168,3 +176,24 @@ def test_sunday_where_it_stands(week):
     lines = files.journal()
     assert [l['round'] for l in lines] == [1, 2] and lines[1]['worth'] > lines[0]['worth']
     assert set(lines[0]['metrics']) <= {'semseg', 'depth', 'normals'} and files.load_model(2).tasks == files.tasks
+
+def test_sunday_the_page(week):
+    "The report of the week: its money, every pair with its reason and answer, the curve, the uncertainty of the pool"
+    page = Path(called('report', week.project, '--out', week.place/'week.html').strip()).read_text('utf-8')
+    tables = [pd.read_csv(io.BytesIO(base64.b64decode(d))) for d in re.findall(r'data:text/csv;base64,([^"]+)', page)]
+    standing, curve, asked, scores = tables
+    assert standing.spent.sum() == pytest.approx(week.events().query("kind != 'asked'").cost.sum())
+    assert curve['round'].tolist() == [1, 2] and curve.spent.is_monotonic_increasing
+    assert len(asked) == len(week.queries(1)) + len(week.queries(2))
+    assert {'labeled', 'corrected', 'out'} <= set(asked.answer) and asked.why.str.startswith('partal: entropy').any()
+    assert set(scores.batch) == {1, 2} and scores.pairs.min() > 0
+    assert not re.search(r'<(script|link|img)[^>]*(src|href)="http', page)
+
+def test_sunday_the_explorer(week):
+    "Pool, image, selection and injection of the project, each opened; the note names the report"
+    from partal_nb.explore.chooser import VIEWS, RunExplorer, open_view
+    view = open_view(week.project)
+    assert '2 trained networks' in view.note and 'partal report' in view.note
+    explorer = RunExplorer(view)
+    for name in VIEWS: explorer.view.value = name
+    assert {name: type(v) for name, v in explorer.views.items()} == VIEWS

@@ -3,13 +3,14 @@ refuses to mix devices, and to look at a number, for which a real GPU would be w
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from partal_nb.config import RunConfig
 from partal_nb.data.arrays import Arrays, unit_rgb
@@ -32,9 +33,26 @@ SMALL = dict(encoder='test_efficientnet', pretrained=False, features=16, height=
 
 def fake(**kw): return FakeTensorMode(allow_non_fake_inputs=True, **kw)
 
+class Watched(TorchDispatchMode):
+    "What is called, by name, and copies from the CPU for which a GPU would first finish what it was asked before"
+    def __init__(self):
+        super().__init__()
+        self.called, self.blocking = set(), []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
+        self.called.add(name)
+        if name in ('_to_copy', 'copy_'):
+            source = args[0] if name == '_to_copy' else args[1]
+            waits = not (kwargs or {}).get('non_blocking', name == 'copy_' and len(args) > 2 and args[2])
+            to_card = (source.device.type, out.device.type) == ('cpu', 'cuda')
+            if waits and to_card: self.blocking.append(tuple(out.shape))
+        return out
+
 def network(tasks=FIVE, **changes):
     "A network, made on the CPU before fake tensors are switched on"
-    return make_model(RunConfig(**SMALL, **changes), tasks)
+    return make_model(RunConfig(**SMALL | changes), tasks)
 
 def batch(tasks=FIVE, B=4, device='cuda'):
     shape = lambda t: (B, t.label_channels, 64, 64)
@@ -48,6 +66,14 @@ def test_the_guard_sees_a_mix_and_a_wait():
         x = torch.ones(2, device='cuda')
         with pytest.raises(RuntimeError, match='at least two devices|two different devices'): x + torch.ones(2)
         with pytest.raises(DataDependentOutputException): x.sum().item()
+        with Watched() as seen:
+            torch.ones(3).to('cuda', non_blocking=True)
+            assert not seen.blocking
+            torch.ones(4).to('cuda')
+            torch.zeros(5, device='cuda').copy_(torch.ones(5))
+            torch.tensor([1.]*6, device='cuda')
+            torch.as_tensor(np.ones(7), device='cuda')
+        assert seen.blocking == [(4,), (5,), (6,), (7,)] and {'_to_copy', 'copy_'} <= seen.called
 
 @pytest.mark.parametrize('changes', [{}, dict(strategy='learning_loss'), dict(dropout_at='all', message='features'),
                                      dict(estimator='masksembles'), dict(dropout_kind='channel')], ids=str)
@@ -56,11 +82,38 @@ def test_a_training_step_stays_on_the_card(changes):
     with fake():
         net.to(CUDA)
         x, labels = batch()
-        inject = pick_injected(FIVE, labels, .5, np.ones((4, 5), bool))
-        out, loss = training_loss(net, x, labels, FIVE, inject)
-        if net.loss_head: loss = loss + ranking_loss(out.predicted_loss, image_losses(FIVE, out, labels))
+        with Watched() as seen:
+            inject = pick_injected(FIVE, labels, .5, np.ones((4, 5), bool))
+            out, loss = training_loss(net, x, labels, FIVE, inject)
+            if net.loss_head: loss = loss + ranking_loss(out.predicted_loss, image_losses(FIVE, out, labels))
+        assert not seen.blocking
         assert devices(loss, *inject.values(), *out.guess.values(), *out.final.values()) == {'cuda'}
         assert loss.dtype == torch.float32 and loss.requires_grad
+
+# What PyTorch refuses on a GPU where deterministic algorithms are asked for: the list in the documentation of
+# `torch.use_deterministic_algorithms`, by the names of what is called
+REFUSED = re.compile(
+    'upsample_.*linear.*_backward|upsample_bicubic.*_backward|adaptive_.*_backward|avg_pool3d_backward'
+    '|reflection_pad.*_backward|grid_sampler.*_backward|nll_loss|ctc_loss|put_$|histc|bincount|median|kthvalue'
+    '|fractional|unpool|embedding_bag')
+
+@contextmanager
+def deterministic(on):
+    torch.use_deterministic_algorithms(on)
+    try: yield
+    finally: torch.use_deterministic_algorithms(False)
+
+@pytest.mark.parametrize('encoder', ['lite0', 'hrnet_w18_small_v2'])
+def test_what_a_deterministic_step_calls(encoder):
+    "Nothing that is refused; without being asked it does, so that the list sees something. `meta` can go backward, too"
+    net = network(encoder=encoder).train().to('meta')
+    x, labels = batch(device='meta')
+    inject = pick_injected(FIVE, labels, .5)
+    found = {}
+    for on in (False, True):
+        with deterministic(on), Watched() as seen: training_loss(net, x, labels, FIVE, inject)[1].backward()
+        found[on] = {name for name in seen.called if REFUSED.match(name)}
+    assert found == {False: {'upsample_bilinear2d_backward'}, True: set()}
 
 def test_losses_in_both_precisions():
     with fake():
@@ -75,8 +128,8 @@ def test_augmentation_stays_on_the_card(name):
     with fake():
         rgb, labels = torch.zeros(4, 3, 64, 64, dtype=torch.uint8, device='cuda'), batch()[1]
         for seed in range(3):
-            x, moved = augment(rgb, labels, FIVE, name, seed)
-            assert devices(x, *moved.values()) == {'cuda'}
+            with Watched() as seen: x, moved = augment(rgb, labels, FIVE, name, seed)
+            assert devices(x, *moved.values()) == {'cuda'} and not seen.blocking
 
 def test_a_pool_on_the_card_and_averaged_weights():
     size = lambda t: np.ones((6, 64, 64, t.label_channels), t.form.cached)
@@ -85,7 +138,8 @@ def test_a_pool_on_the_card_and_averaged_weights():
     net = network()
     with fake():
         pool = DevicePool(arrays, np.array([1, 3, 5]), CUDA)
-        rgb, labels = pool.batch(np.array([5, 1]), np.ones((2, 5), bool))
+        with Watched() as seen: rgb, labels = pool.batch(np.array([5, 1]), np.ones((2, 5), bool))
+        assert not seen.blocking
         assert devices(rgb, unit_rgb(rgb), *labels.values()) == {'cuda'} and rgb.shape == (2, 3, 64, 64)
         state = net.to(CUDA).state_dict()
         move_average({k: v.clone() for k, v in state.items()}, state, .9)
@@ -101,15 +155,19 @@ def test_scoring_does_not_wait(name, measure):
         maps = entropy_maps(models, x, 3, labels, name, measure)
         assert devices(*maps.values()) == {'cuda'} and {m.dtype for m in maps.values()} == {torch.float32}
 
-@pytest.mark.parametrize('task', [t for t in FIVE if t.metric in ('rmse', 'angle', 'max_iou')], ids=lambda t: t.name)
-def test_metrics_stay_on_the_card(task):
-    "They wait for how many pixels are labeled, which a shape environment allows; edges are matched on the CPU"
-    with fake(shape_env=ShapeEnv()):
+METERED = [*FIVE, standard_task('parts'), standard_task('saliency', metric='maxf_of_means')]
+
+@pytest.mark.parametrize('task', METERED, ids=lambda t: t.metric)
+def test_metrics_do_not_wait(task):
+    "Nor does the meter of edges, whose maps stay on the card until the numbers are asked for"
+    with fake():
         target = batch((task,))[1][task.name]
-        assert devices(image_error(task, torch.rand(4, task.channels, 16, 16, device='cuda'), target)) == {'cuda'}
-        valid = (target != task.ignore).any(1, keepdim=True)
-        up = torch.rand(4, task.channels, 64, 64, device='cuda')
-        assert devices(meter(task).sums(up, target, valid)) == {'cuda'}
+        raw = torch.rand(4, task.channels, 16, 16, device='cuda')
+        m = meter(task)
+        with Watched() as seen:
+            for _ in range(2): m.update(raw, target)
+        assert not seen.blocking
+        assert devices(m.state, image_error(task, raw, target), *getattr(m, 'later', [])) == {'cuda'}
 
 # A package that is only on the path, as on a machine that code is carried to
 

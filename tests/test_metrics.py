@@ -149,6 +149,16 @@ def test_batches_do_not_matter(task):
     assert a.compute() == pytest.approx(whole, rel=1e-6)
 
 @pytest.mark.parametrize('task', EVERY, ids=lambda t: t.name)
+def test_zeros_in_the_place_of_void(task, monkeypatch):
+    "What a GPU adds up, which does not tell how many pixels are labeled"
+    data = list(batches(task, 3, sizes=((4, 16, 16), (2, 16, 16))))
+    data += [(x, torch.full_like(y, task.ignore)) for x, y in data[:1]]
+    expected = computed(task, data)
+    on_card = lambda x, valid, other=0: torch.where(valid, x, other).flatten()
+    monkeypatch.setattr('partal_nb.metrics.valid_or', on_card)
+    assert computed(task, data) == pytest.approx(expected, rel=1e-9)
+
+@pytest.mark.parametrize('task', EVERY, ids=lambda t: t.name)
 def test_nothing_and_nan_are_refused(task):
     m = meter(task)
     y = torch.full((2, task.label_channels, 8, 8), task.ignore)

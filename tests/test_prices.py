@@ -4,12 +4,18 @@ import os
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from partal_nb.annotate.plan import WholePurchase, project_config
 from partal_nb.config import RunConfig, config_from_dict, config_hash, preset
+from partal_nb.data.rooms import ROOM_TASKS
+from partal_nb.pool import Pool, Scores
 from partal_nb.runs.journal import read_journal
 from partal_nb.runs.loop import run
+from partal_nb.select.prices import Prices, least_total
 from partal_nb.select.strategy import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
@@ -56,3 +62,34 @@ def test_interrupted_and_resumed_in_money(tmp_path, monkeypatch):
     for n in count(1):
         if not interrupted(again, n, monkeypatch): break
     assert n > 4 and keep(tmp_path/'b') == whole
+
+TASKS = tuple(ROOM_TASKS[name] for name in ('semseg', 'depth', 'normals'))
+NAMES = tuple(t.name for t in TASKS)
+
+def one_purchase(seed): # some labels of each task, some prices; None: such a request is refused
+    rng = np.random.default_rng(seed)
+    has = rng.random((rng.integers(8, 16), 3)) < rng.choice([0, .1, .5, .9], 3)
+    pool = Pool(tuple(map(str, range(len(has)))), TASKS, has, np.ones_like(has))
+    free = [{}, dict(normals='depth'), dict(normals='depth', depth='semseg')][rng.integers(3)]
+    prices = Prices({name: float(rng.choice([.5, 1, 3, 9])) for name in NAMES}, free, float(rng.choice([0, 2])))
+    requests = ('money', float(rng.choice([12, 20, 40]))), ('budget', int(rng.choice([3, 6, 10])))
+    kind, amount = requests[rng.integers(2)]
+    p = SimpleNamespace(config=project_config(dict(strategy='random_pairs'), TASKS), names=NAMES, per_price=True,
+                        files=SimpleNamespace(trained=lambda: [1]))
+    bought = WholePurchase(p, pool, prices, {kind: amount}, 1)
+    trained = has.sum(0) > 1
+    rest = replace(pool, available=has | trained)
+    if not rest.open.any() or amount > least_total(rest, bought.tariff): return
+    for k in np.flatnonzero(~trained): bought.start(k)
+    rest = replace(bought.pool, available=bought.pool.available & (bought.pool.labeled | trained))
+    bought.scored(rest, Scores(*[rng.random(has.shape)]*2), lambda n, k: 'a score')
+    return bought, amount
+
+def test_a_batch_with_tasks_that_start():
+    "Whatever is labeled, priced and free: something is asked, no pair twice, and never for more money than there is"
+    made = list(filter(None, map(one_purchase, range(300))))
+    assert len(made) > 50 and any('start of normals' in q['why'] for b, _ in made for q in b.queries)
+    for bought, amount in made:
+        pairs = [(q['image'], q['task']) for q in bought.queries]
+        assert pairs and len(set(pairs)) == len(pairs) and -1e-9 <= bought.left < amount
+        if bought.kind == 'money': assert sum(q['price'] for q in bought.queries) <= amount + 1e-9

@@ -20,7 +20,7 @@ import pytest
 from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
-from partal_nb.annotate.tell import correct, restore, tell
+from partal_nb.annotate.tell import clear_leftovers, correct, restore, tell
 from partal_nb.annotate.status import add, log_lines, status
 from partal_nb.core import write_atomic
 from partal_nb.data.labels import encode_label, png_bytes
@@ -194,30 +194,42 @@ def test_told_again_with_other_minutes(project, tmp_path):
 
 # SIGKILL
 
-WORK = """
-import sys
-from partal_nb.annotate.tell import tell
-for n, back in enumerate(sys.argv[2:]): print('told', n, str(tell(sys.argv[1], 1, back)).split()[0], flush=True)
-"""
-KILLS = int(os.environ.get('PARTAL_KILLS', 12)) # 1000 take hours
+KILLS = int(os.environ.get('PARTAL_KILLS', 40)) # 1000 take a quarter of an hour
+
+def started(work): # process id, file to read what it writes; a child that has everything imported already
+    r, w = os.pipe()
+    pid = os.fork()
+    if pid: return os.close(w) or (pid, open(r, 'rb'))
+    try:
+        os.close(r)
+        work(lambda: os.write(w, b'.'))
+    finally: os._exit(0)
+
+def acknowledged(project, parts, seconds): # parts; a child imports one after another and is killed meanwhile
+    def work(done):
+        for part in parts:
+            tell(project.folder, 1, part)
+            done()
+    pid, pipe = started(work)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with pipe: return len(pipe.read())
 
 def test_imports_that_are_interrupted_lose_nothing(project, tmp_path):
     "SIGKILL at a random moment, again and again; what was acknowledged is there, files and backups are whole"
-    rng = random.Random(0)
+    rng = random.Random(int(os.environ.get('PARTAL_SEED', 0)))
     parts = [labels(tmp_path/f'back{n}', [i]) for n, i in enumerate(asked(project))]
-    began = time.monotonic()
-    subprocess.run([sys.executable, '-c', WORK, str(project.folder)], check=True)
-    start = time.monotonic() - began # of Python and its imports
-    empty = tmp_path/'empty'
+    empty, moments = tmp_path/'empty', []
     shutil.copytree(project.folder, empty)
+    began = time.monotonic()
+    for part in parts: tell(project.folder, 1, part)
+    whole = time.monotonic() - began
     for _ in range(KILLS):
         shutil.rmtree(project.folder)
         shutil.copytree(empty, project.folder)
-        command = [sys.executable, '-c', WORK, str(project.folder), *map(str, parts)]
-        w = subprocess.Popen(command, stdout=subprocess.PIPE)
-        time.sleep(start*(.5 + rng.random()))
-        w.send_signal(signal.SIGKILL)
-        done = len(w.communicate()[0].splitlines())
+        done = acknowledged(project, parts, whole*rng.random())
+        moments.append(done)
         if rng.random() < .3: # the disk goes, too
             for f in project.folder.glob('ledger.db*'): f.unlink()
             restore(project.folder)
@@ -226,7 +238,11 @@ def test_imports_that_are_interrupted_lose_nothing(project, tmp_path):
             assert done <= len(kept) <= done + 1 and replay(ledger.events()) == ledger.state()
             for pair, sha256 in kept.items(): assert project.label_file(*pair, sha256).is_file()
         for part in parts: tell(project.folder, 1, part)
-        with project.ledger() as ledger: assert len(ledger.labels()) == len(parts)
+        with project.ledger() as ledger:
+            assert len(ledger.labels()) == len(parts)
+            clear_leftovers(project, ledger, -1)
+        assert not [f for f in project.folder.rglob('.*.part')]
+    assert len(set(moments)) > 3, f'killed in the middle of too few imports: {moments}'
 
 # A folder that lives
 

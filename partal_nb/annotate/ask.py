@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_LABELS', 'Batch', 'check_request', 'batch_number', 'ask', 'is_asked', 'read_batch', 'quickened',
-           'expected_minutes', 'project_acquisition', 'as_dataset']
+           'expected_minutes', 'load_labels', 'project_acquisition']
 
 # %% ../../nbs/87_annotate.ask.ipynb #c0000207
 import json
@@ -25,15 +25,16 @@ from filelock import FileLock, Timeout
 from ..core import derive_seed, pick_device, set_seed, write_atomic, write_json
 from ..tasks import Pair, Task
 from ..pool import Pool, Scores, scores_from_rows, write_scores
+from ..data.dataset import has_label
 from ..select.strategy import acquisition_of, needs_to_show, strategy_of
 from ..runs.schema import AFTER
 from ..runs.ledger import Ledger
 from ..runs.journal import Steps
-from .arrays import given_labels, kept_labels
+from .arrays import given_labels, kept_labels, project_arrays, some_arrays
 from .files import change_lines
 from .plan import WholePurchase, open_images, prices_now
 from .project import (
-    Changed, Project, changed_files, keep_backup, load_labels, open_project)
+    Changed, Project, changed_files, keep_backup, open_project)
 
 # %% ../../nbs/87_annotate.ask.ipynb #ec27d726
 @dataclass(frozen=True)
@@ -193,6 +194,31 @@ def expected_minutes(
     model.zero_grad()
     passes = p.config.passes*len(arrays.images)/len(n)/3 # a forward pass is a third of a step
     return (plan_steps(p.config, train_on) + passes)*seconds/60
+
+# %% ../../nbs/87_annotate.ask.ipynb #bf88fd34
+def load_labels(
+    p:Project,
+    ledger:Ledger,
+    upto:int|None=None,   # up to and including this event; None: all
+    away:Changed|None=None, # what changed on disk; None: look
+): # -> Arrays, of the M images that are there; Arrays, to evaluate on; (M, K) bool, the pairs to train on
+    "All that a network is trained and evaluated on"
+    source = open_images(p.data, p.tasks, p.encodings)
+    away = changed_files(p, ledger) if away is None else away
+    here = ~np.isin(p.images, [*away.aside, *p.removed])
+    images = tuple(i for i, there in zip(p.images, here) if there)
+    labeled = ledger.labeled(upto=upto)
+    for pair in away.lost: labeled[ledger.row[pair.image], ledger.column[pair.task]] = False
+    known = {pair: sha256 for pair, sha256 in ledger.labels(upto).items() if pair not in away.lost}
+    labeled = labeled[here]
+    pool = project_arrays(p, source, images, 'pool', kept_labels(p, known), labeled)
+    val = tuple(i for i in p.val if i not in away.aside)
+    if val:
+        has = np.array([[has_label(source, i, name) for name in p.names] for i in val])
+        return pool, project_arrays(p, source, val, 'val', given_labels(p, source), has), labeled
+    held_out = p.held_out(ledger)[here]
+    test = some_arrays(pool, np.flatnonzero(held_out & labeled.any(1)))
+    return pool, test, labeled & ~held_out[:, None]
 
 # %% ../../nbs/87_annotate.ask.ipynb #c00001fc
 LEAST_LABELS = 2 # labels of a task to train on
@@ -364,24 +390,3 @@ def _query(p:Project, task:Task, q:dict, rgb:np.ndarray, arrays, model): # -> Qu
     y = task.form.activate(interpolate(raw.float(), size, mode='bilinear'))
     guess = task.form.to_label(y)[0].movedim(0, -1).cpu().numpy()
     return Query(image, task, rgb, guess, entropy, q['score'])
-
-# %% ../../nbs/87_annotate.ask.ipynb #6b76fefd
-def as_dataset(
-    folder, # of a project
-): # -> Dataset, in the project's cache
-    "The labeled images of a project as a data set"
-    from partal_nb.data.dataset import write_dataset
-    p = open_project(folder)
-    with p.ledger() as ledger:
-        away = changed_files(p, ledger)
-        known = {pair: sha for pair, sha in ledger.labels().items() if pair not in away.lost}
-        out = dict(zip(p.images, p.held_out(ledger).tolist()))
-        name = f'{p.folder.resolve().name}-{ledger.last()}'
-    source, read = open_images(p.data, p.tasks, p.encodings), kept_labels(p, known)
-    given = given_labels(p, source)
-    have = [i for i in p.images if any(i in read[name] for name in p.names) and i not in (*away.aside, *p.removed)]
-    splits = dict(train=[i for i in have if not out[i]], test=[i for i in have if out[i]] + list(p.val))
-    def sample(i):
-        labels = {t: (read[t].get(i) or given[t].get(i)) for t in p.names}
-        return dict(rgb=source.rgb(i), **{t: f() for t, f in labels.items() if f})
-    return write_dataset(p.folder/f'cache/{name}', name, p.tasks, splits, sample, progress=False)

@@ -275,7 +275,7 @@ def start_pool(
     pool:Pool,
     prices:Prices,
     k:int,         # a task
-)->tuple[Pool, int, int]: # what may be bought; the task that is paid for; labels of `k` that are free
+)->tuple[Pool, int, np.ndarray]: # what may be bought; the task that is paid for; (N,) bool, is `k` free
     "The pairs that start task `k` at the least price"
     bits = Tariff(prices, pool.tasks).above[k]
     above = [b for b in range(len(pool.tasks)) if bits >> b & 1] # tasks that bring it along
@@ -286,7 +286,13 @@ def start_pool(
     can = np.zeros_like(pool.open)
     can[:, k] = free | both(way)
     can[:, way] |= both(way)
-    return replace(pool, available=pool.labeled | can), way, int(free.sum())
+    return replace(pool, available=pool.labeled | can), way, free
+
+# %% ../../nbs/57_annotate.plan.ipynb #2700fbff
+def _rows_of(pool:Pool, k:int, n:np.ndarray)->Pool: # n: (N,) bool, images of which only task `k` may be bought
+    can = np.zeros_like(pool.labeled)
+    can[n, k] = True
+    return replace(pool, available=pool.labeled | can)
 
 # %% ../../nbs/57_annotate.plan.ipynb #52baf7bb
 class StartedPurchase(AskingPurchase):
@@ -311,8 +317,9 @@ class StartedPurchase(AskingPurchase):
         pool, way, free = start_pool(self.pool, self.prices, k)
         along = sum(q['task'] == name for q in self.queries)
         if along >= START or not pool.open.any(): return
-        share = 0. if along + free >= START else self._share(pool)
-        if not share and not free: return
+        share = 0. if along + free.sum() >= START else self._share(pool)
+        if not share: pool = _rows_of(pool, k, free)
+        if not pool.open.any(): return
         picks = spend('random', None, pool, self.tariff, share, self.rng)
         how = '' if way == k else f', which comes free with {self.pool.tasks[way].name}'
         self.add(picks, lambda n, k: f"start of {name}{how}: it has too few labels to train on")

@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from ..plugins import load_plugins
-from .common import Changes, Imports, parse_changes, plain_errors
+from .common import AsJson, Changes, Imports, parse_changes, plain_errors, show
 
 # %% ../../nbs/98_commands.project.ipynb #c00002af
 def prepare(
@@ -61,12 +61,13 @@ def rooms(
 def check(
     out:Annotated[Path, typer.Argument(help="A prepared data set, or a folder in a known layout.")],
     sheet:Annotated[Optional[Path], typer.Option(help="A picture to write: some images with all their labels.")]=None,
+    as_json:AsJson=False,
 ):
     "Read all images and labels, count them, list every fault; exit code 1 if there is one."
     from partal_nb.data.prepare import check, contact_sheet, open_source
     with plain_errors():
         found = check(out)
-        typer.echo(found)
+        show(found, as_json)
         if sheet and found.counts: contact_sheet(open_source(out)).savefig(sheet)
         if found.faults: raise typer.Exit(1)
 
@@ -117,6 +118,7 @@ def ask(
         help="How they reach Label Studio: uri (inside JSON), link (its local files), server (`partal serve`), "
              "or an address. Default: uri, and link where that is too large.")]='auto',
     quick:Annotated[bool, typer.Option('--quick', help="Train a fifth as long, for a first look.")]=False,
+    as_json:AsJson=False,
     plugins:Imports=None,
 ):
     "Train, score, and write the next query batch; the same one until a label of it is imported."
@@ -125,7 +127,8 @@ def ask(
         from partal_nb.annotate.ask import ask
         def say(text): typer.echo(text, err=True)
         batch = ask(project, budget, money, currency, images=images, quick=quick, say=say)
-        typer.echo(f"{batch}{'' if batch.new else ' (as asked before)'}\n{batch.folder}")
+        text = f"{batch}{'' if batch.new else ' (as asked before)'}\n{batch.folder}"
+        show(batch if as_json else text, as_json)
 
 # %% ../../nbs/98_commands.project.ipynb #a5k7e11b
 def tell(
@@ -138,6 +141,7 @@ def tell(
     who:Annotated[str, typer.Option(help="Who made it, where the file names nobody.")]='annotator',
     plugins:Imports=None,
     yes:Annotated[bool, typer.Option('--yes', help="Take minutes that are hardly true.")]=False,
+    as_json:AsJson=False,
 ):
     "Import labels and rejections; exit code 1 if a file was refused, or none was used."
     with plain_errors():
@@ -149,7 +153,7 @@ def tell(
             raise ValueError(f"batch {batch!r}: expected its number, or its folder")
         place = project if by_number else folder.resolve().parents[1]
         imported = tell(place, int(folder.name), path, task, file_format, who, yes)
-        typer.echo(imported)
+        show(imported, as_json)
         if imported.failed: raise typer.Exit(1)
 
 # %% ../../nbs/98_commands.project.ipynb #6152e804
@@ -157,6 +161,7 @@ def status(
     project:InProject=Path('project'),
     money:Annotated[Optional[float], typer.Option(help="The next purchase; Default: as much as the last batch.")]=None,
     picture:Annotated[Optional[Path], typer.Option(help="A picture to write: quality against money.")]=None,
+    as_json:AsJson=False,
     plugins:Imports=None,
 ):
     "Show what is labeled, asked, rejected and spent, what the next money is expected to buy, and when to stop."
@@ -165,21 +170,23 @@ def status(
         from partal_nb.annotate.status import money_figure, status
         load_plugins(plugins or ())
         s = status(project, money)
-        typer.echo(s)
+        show(s, as_json)
         if picture and len(s.points): money_figure(open_project(project), s.points, s.money).savefig(picture)
 
 # %% ../../nbs/98_commands.project.ipynb #c00002b2
 def log(
     project:InProject=Path('project'),
     backup:Annotated[Optional[Path], typer.Option(help="A file to write a whole copy of the ledger to.")]=None,
+    as_json:AsJson=False,
 ):
     "Print every event and every correction: asked, told, rejected, amended, with price, time, who, content hash."
     with plain_errors():
         from partal_nb.annotate.project import open_project
         from partal_nb.annotate.status import log_lines
-        for line in log_lines(project): typer.echo(line)
-        if backup:
-            with open_project(project).ledger() as ledger: ledger.backup(backup)
+        with open_project(project).ledger() as ledger:
+            found = dict(events=ledger.events(first=True), amendments=ledger.amendments())
+            if backup: ledger.backup(backup)
+        show(found if as_json else '\n'.join(log_lines(project)), as_json)
 
 # %% ../../nbs/98_commands.project.ipynb #2076eb66
 def correct(
@@ -214,12 +221,13 @@ def add(
     project:InProject=Path('project'),
     every:Annotated[float, typer.Option(help="Seconds between two frames of a video.")]=1.,
     edited:Annotated[bool, typer.Option('--edited', help="Take photographs that changed as they are now.")]=False,
+    as_json:AsJson=False,
 ):
     "Take new images, and new or changed labels beside them; exit code 1 if a file can't be used."
     with plain_errors():
         from partal_nb.annotate.status import add
         added = add(project, sources or (), every, edited)
-        typer.echo(added)
+        show(added, as_json)
         if added.problems: raise typer.Exit(1)
 
 # %% ../../nbs/98_commands.project.ipynb #4f8c652e
@@ -258,4 +266,7 @@ def image_server(
             self.send_header('Access-Control-Allow-Origin', '*')
             super().end_headers()
         def log_message(self, *args): pass
-    return ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(folder)))
+    try: return ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(folder)))
+    except (OSError, OverflowError) as e:
+        raise ValueError(f"port {port} can't be used ({e}); choose another --port, "
+                         "and `partal ask --images http://127.0.0.1:PORT/` with its number") from e

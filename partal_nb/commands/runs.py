@@ -19,16 +19,17 @@ import typer
 from ..config import RunConfig, config_table, preset
 from ..plugins import imports, load_plugins
 from partal_nb.commands.common import (
-    Changes, Data, Imports, Kernel, Preset, execute, parse_changes, plain_errors, purpose, template, templates,
-    this_command)
+    AsJson, Changes, Data, Imports, Kernel, Preset, execute, parse_changes, plain_errors, purpose, show, template,
+    templates, this_command)
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002ad
-def config(preset_name:Preset='demo', changes:Changes=None):
+def config(preset_name:Preset='demo', changes:Changes=None, as_json:AsJson=False):
     "Print a configuration with the reason behind each field."
     with plain_errors():
         changed = parse_changes(changes, dict(preset='preset'))
-        for name, value, reason in config_table(preset(preset_name, **changed)):
-            typer.echo(f'{name:13} = {json.dumps(value):24} # {reason}')
+        rows = config_table(preset(preset_name, **changed))
+        lines = [f'{name:13} = {json.dumps(value):24} # {reason}' for name, value, reason in rows]
+        show({name: value for name, value, _ in rows} if as_json else '\n'.join(lines), as_json)
 
 # %% ../../nbs/97_commands.runs.ipynb #4bf92e63
 def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)->dict[Path, RunConfig]: # by folder
@@ -65,10 +66,13 @@ def _execute_run(configs:dict[Path, RunConfig], parameters:dict, kernel:str):
     execute(RunPaths(out).notebook_file.stem, out, own | parameters, kernel)
 
 # %% ../../nbs/97_commands.runs.ipynb #5f5e3b66
-def _data_of(data:str)->str: # of a project its labeled images, as a data set
-    if not data or not (Path(data)/'project.json').is_file(): return data
-    from partal_nb.annotate.ask import as_dataset
-    return str(as_dataset(data).path)
+def _of_project(data:str, changes:dict)->tuple[str, dict]: # of a labeling project its labels, and how they are replayed
+    if not data or not (Path(data)/'project.json').is_file(): return data, changes
+    from partal_nb.annotate.project import open_project
+    from partal_nb.annotate.replay import as_dataset, replay_settings
+    p = open_project(data)
+    dataset = as_dataset(p)
+    return str(dataset.path), replay_settings(p, dataset) | changes
 
 # %% ../../nbs/97_commands.runs.ipynb #3a78d3ae
 def run(
@@ -91,7 +95,7 @@ def run(
     with plain_errors():
         changed = parse_changes(changes, {o: o for o in ('preset', 'strategy', 'seed', 'data')})
         load_plugins(plugins or ())
-        data = _data_of(data)
+        data, changed = _of_project(data, changed)
         given = changed | dict(seed=seed) | (dict(data=data) if data else {})
         configs = _configs(preset_name, strategy, against, given, out)
         if _is_done(out, configs): typer.echo('already finished')
@@ -123,26 +127,40 @@ def notebook(
         typer.echo(execute(name, out, parameters, kernel))
 
 # %% ../../nbs/97_commands.runs.ipynb #646d681b
-def strategies(plugins:Imports=None):
+def strategies(as_json:AsJson=False, plugins:Imports=None):
     "List the strategies."
     with plain_errors():
         load_plugins(plugins or ())
         from partal_nb.select.strategy import STRATEGIES
-        for name, f in STRATEGIES.items(): typer.echo(f'{name:14} {f.__doc__}')
+        lines = [f'{name:14} {f.__doc__}' for name, f in STRATEGIES.items()]
+        show({name: f.__doc__ for name, f in STRATEGIES.items()} if as_json else '\n'.join(lines), as_json)
+
+# %% ../../nbs/97_commands.runs.ipynb #11412827
+def _report(runs:list[Path], out:Path, ours:str, baseline:str)->Path:
+    from partal_nb.annotate.project import ProjectFolder
+    projects = [place for place in runs if ProjectFolder(place).exists]
+    if not projects:
+        from partal_nb.reports.page import write_report
+        return write_report(runs, out, ours, baseline)
+    if len(runs) > 1: raise ValueError(f"{projects[0]} is a labeling project, with a page of its own: name it alone")
+    if (ours, baseline) != ('partal', 'random'):
+        raise ValueError(f"--ours and --baseline compare runs; {projects[0]} is a labeling project")
+    from partal_nb.annotate.report import write_project_report
+    return write_project_report(projects[0], out)
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002b0
 def report(
-    runs:Annotated[list[Path], typer.Argument(help="Run folders, and folders of run folders, in any number.")],
+    runs:Annotated[list[Path], typer.Argument(
+        help="Run folders, and folders of run folders, in any number; or one labeling project.")],
     out:Annotated[Path, typer.Option(help="HTML page to write.")]=Path('report.html'),
     ours:Annotated[str, typer.Option(help="Strategy that the others are tested against.")]='partal',
     baseline:Annotated[str, typer.Option(help="Strategy whose last quality the others have to reach.")]='random',
     plugins:Imports=None,
 ):
-    "Compare runs: curves, tests, purchases and tables as one HTML page."
-    from partal_nb.reports.page import write_report
+    "Compare runs, or show a labeling project: curves, purchases, reasons and tables as one HTML page."
     with plain_errors():
         load_plugins(plugins or ())
-        typer.echo(write_report(runs, out, ours, baseline))
+        typer.echo(_report(runs, out, ours, baseline))
 
 # %% ../../nbs/97_commands.runs.ipynb #ff835eeb
 APPS = ('all', 'entropy', 'selection', 'injection')

@@ -16,7 +16,7 @@ import numpy as np
 from ..tasks import semseg_task, standard_task
 from .rays import (
     Camera, Hits, Material, PATTERNS, Solids, bounds, box, camera_rays, crossings, pattern_at, solids, trace)
-from .furniture import FIRST, LAST, THEMES, build, moved, paint, plain, wood
+from .furniture import FIRST, LAST, THEMES, furniture_of, moved, random_color, plain, wood
 
 # %% ../../nbs/11_data.rooms.ipynb #dcd619b8
 ROOM_CLASSES = (
@@ -107,7 +107,7 @@ def furnish(
     where:str, # `wall` (its back to it), `free`, `on` a table or cabinet, `above` (at the ceiling), `under` all else
 )->bool: # whether a place was found
     "Put an object or a group into the room"
-    group = build(plan.rng, name)
+    group = furniture_of(plan.rng, name)
     for angle, wall in _turns(plan.rng, where):
         turned = [(c, moved(shapes, angle)) for c, shapes in group]
         boxes = [_room_for(c, shapes, angle) for c, shapes in turned]
@@ -167,14 +167,14 @@ def room_scene(
 def _wallpaper(rng):
     pattern = str(rng.choice(['plain', 'noise', 'stripes', 'checks'], p=[.5, .2, .2, .1]))
     hue = (.05, .16) if rng.random() < .5 else (.25, .6)
-    color = paint(rng, hue, saturation=(.05, .45), value=(.45, .85))
+    color = random_color(rng, hue, saturation=(.05, .45), value=(.45, .85))
     second = tuple(x*rng.uniform(.75, .95) for x in color)
     return Material(color, second, pattern, rng.uniform(.1, .3))
 
 # %% ../../nbs/11_data.rooms.ipynb #c000004d
 def _floor(rng):
     if rng.random() < .6: return wood(rng)._replace(scale=rng.uniform(.1, .18))
-    tile = paint(rng, saturation=(0, .3), value=(.3, .7))
+    tile = random_color(rng, saturation=(0, .3), value=(.3, .7))
     pattern = str(rng.choice(['checks', 'noise']))
     return Material(tile, tuple(.7*x for x in tile), pattern, rng.uniform(.25, .5))
 

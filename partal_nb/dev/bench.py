@@ -11,7 +11,7 @@ from typing import Callable
 
 from ..core import write_json
 from ..runs.checks import about_machine
-from .timing import LINES, measure, row
+from .timing import LINES, measure, line_text
 from .growth import growth
 import partal_nb.dev.network_speed # its lines
 import partal_nb.dev.pool_speed    # likewise
@@ -31,7 +31,7 @@ def bench(
     made = dict(**about_machine(), load=load, quick=quick, lines=[])
     for name in names or LINES:
         made['lines'].append(measure(name, quick))
-        report(row(made['lines'][-1]))
+        report(line_text(made['lines'][-1]))
         if out: write_json(out, made)
     if grow: made['growth'] = growth((100, 1_000) if quick else (1_000, 10_000, 100_000, 1_000_000))
     if out: write_json(out, made)

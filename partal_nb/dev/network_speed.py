@@ -32,7 +32,7 @@ from ..losses import total_loss
 from ..training.trainer import Trainer, make_accelerator, train_step
 from ..uncertainty.passes import dropout_layers, estimate, mc_dropout, passes
 from ..uncertainty.maps import entropy_maps, score_pool
-from .timing import compare, interleave, line
+from .timing import compare, interleave, bench_line
 
 # %% ../../nbs/75_dev.network_speed.ipynb #a6d2ea0b
 # the three tasks of the protocol
@@ -76,7 +76,7 @@ def _whole_passes(net:PADNet, x:Tensor, T:int):
             yield {t.name: activate(t, final[t.name]) for t in net.tasks}
 
 # %% ../../nbs/75_dev.network_speed.ipynb #940059e9
-@line('passes', '10 dropout passes / 1 forward pass', most=2.)
+@bench_line('passes', '10 dropout passes / 1 forward pass', most=2.)
 def _passes(quick:bool)->dict:
     net = protocol_network()
     x = _images(1, *(64, 96) if quick else (256, 320))
@@ -113,7 +113,7 @@ def _stacked_entropy(net:PADNet, x:Tensor, T:int)->Tensor:
     return entropy(torch.stack(maps).mean(0))
 
 # %% ../../nbs/75_dev.network_speed.ipynb #02c2431c
-@line('memory', 'peak memory of scoring with T = 50 / with T = 5', most=1.05)
+@bench_line('memory', 'peak memory of scoring with T = 50 / with T = 5', most=1.05)
 def _memory(quick:bool)->dict:
     net = protocol_network()
     x = _images(1, *(64, 96) if quick else (256, 320))
@@ -226,7 +226,7 @@ def _two_trainings(config:RunConfig, B:int)->tuple[dict[str, Callable], float]:
     return {'plain step': plain_step, 'training step': fast_step}, apart
 
 # %% ../../nbs/75_dev.network_speed.ipynb #8813d838
-@line('train_cpu', 'plain step / training step, nyuv2_small, CPU', least=1.5)
+@bench_line('train_cpu', 'plain step / training step, nyuv2_small, CPU', least=1.5)
 def _train_cpu(quick:bool)->dict:
     small:dict[str, Any] = dict(height=48, width=64) if quick else {}
     ways, apart = _two_trainings(preset('nyuv2_small', device='cpu', **small), 2 if quick else 8)
@@ -241,7 +241,7 @@ def _synced(f:Callable)->Callable:
     return g
 
 # %% ../../nbs/75_dev.network_speed.ipynb #1ed50822
-@line('train_gpu', 'plain step / training step, protocol, 480×640, GPU', least=3., needs=('cuda',))
+@bench_line('train_gpu', 'plain step / training step, protocol, 480×640, GPU', least=3., needs=('cuda',))
 def _train_gpu(quick:bool)->dict:
     ways, apart = _two_trainings(preset('nyuv2', device='cuda'), 8)
     seconds = interleave({k: _synced(f) for k, f in ways.items()}, 3 if quick else 15)
@@ -256,7 +256,7 @@ def _random_pool(N:int, height:int=480, width:int=640)->Arrays:
     return Arrays(ids, NYU, rgb, blank, np.ones((N, len(NYU)), bool))
 
 # %% ../../nbs/75_dev.network_speed.ipynb #909089f9
-@line(
+@bench_line(
     'score_gpu', 'trunk and 10 heads alone / scoring a pool, protocol, 480×640, GPU', least=.9,
     needs=('cuda',))
 def _score_gpu(quick:bool)->dict:
@@ -293,7 +293,8 @@ def _fed(config:RunConfig, N:int, steps:int, turns:int)->dict:
     return compare(interleave(ways, turns), 'one batch', 'read batches')
 
 # %% ../../nbs/75_dev.network_speed.ipynb #007d9f2b
-@line('feed_gpu', 'steps on one batch / steps that read theirs, protocol, 480×640, GPU', least=.95, needs=('cuda',))
+@bench_line('feed_gpu', 'steps on one batch / steps that read theirs, protocol, 480×640, GPU',
+            least=.95, needs=('cuda',))
 def _feed_gpu(quick:bool)->dict:
     config = preset('nyuv2', device='cuda', pretrained=False, train_by='steps', train_for=30)
     return _fed(config, 16 if quick else 64, 3 if quick else 30, 1 if quick else 5)

@@ -24,7 +24,7 @@ from ..select.top import top_pairs
 from ..runs.journal import read_journal
 from ..runs.checks import load_data
 from ..runs.loop import label_start, open_run, run_round
-from .timing import compare, interleave, line
+from .timing import compare, interleave, bench_line
 from .network_speed import NYU
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #92a144ca
@@ -58,7 +58,8 @@ def _extra_bytes(f:Callable)->int:
     finally: tracemalloc.stop()
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #8e3a2271
-@line('k_center', 'scikit-learn for each pick / k_center, 1,000 picks of 100,000 × 270', least=4., needs=('sklearn',))
+@bench_line('k_center', 'scikit-learn for each pick / k_center, 1,000 picks of 100,000 × 270',
+            least=4., needs=('sklearn',))
 def _k_center(quick:bool)->dict:
     N, budget = (3_000, 50) if quick else (100_000, 1_000)
     features, seeds = _features(N), np.arange(10)
@@ -89,11 +90,11 @@ def _top_pairs(quick:bool, budget:int)->dict:
     return compare(seconds, 'top_pairs', 'full argsort', picks_that_differ=(differ, 0), extra_copies=(extra, 1))
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #56c36930
-@line('top_pairs_240', 'top_pairs / full argsort, 240 of 10 million pairs', most=.2)
+@bench_line('top_pairs_240', 'top_pairs / full argsort, 240 of 10 million pairs', most=.2)
 def _top_pairs_240(quick:bool)->dict: return _top_pairs(quick, 240)
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #a7840a53
-@line('top_pairs_1M', 'top_pairs / full argsort, 1 million of 10 million pairs', most=.2)
+@bench_line('top_pairs_1M', 'top_pairs / full argsort, 1 million of 10 million pairs', most=.2)
 def _top_pairs_1M(quick:bool)->dict: return _top_pairs(quick, 30_000 if quick else 1_000_000)
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #8a3fff7b
@@ -123,7 +124,7 @@ def _edges_of_room(seed:int, height:int, width:int)->tuple: # probability, truth
     return prob, [thin(room['edges'] == 1)], .011
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #ff1e47f0
-@line('odsf', 'pyEdgeEval / boundary_counts, rooms of 240×320', least=4., needs=('pyEdgeEval', 'cv2', 'skimage'))
+@bench_line('odsf', 'pyEdgeEval / boundary_counts, rooms of 240×320', least=4., needs=('pyEdgeEval', 'cv2', 'skimage'))
 def _odsf(quick:bool)->dict:
     size = (96, 128) if quick else (240, 320)
     cases = [_edges_of_room(seed, *size) for seed in range(1 if quick else 3)]
@@ -153,11 +154,11 @@ def _cli(quick:bool, *args:str)->dict:
     return compare(interleave(ways, 1 if quick else 9, warm=not quick), name)
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #5546ca99
-@line('cli_help', 'seconds of `partal --help`', most=.4)
+@bench_line('cli_help', 'seconds of `partal --help`', most=.4)
 def _cli_help(quick:bool)->dict: return _cli(quick, '--help')
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #51e99ba1
-@line('cli_config', 'seconds of `partal config`', most=.4)
+@bench_line('cli_config', 'seconds of `partal config`', most=.4)
 def _cli_config(quick:bool)->dict: return _cli(quick, 'config')
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #47ad46db
@@ -175,7 +176,7 @@ def _one_round(quick:bool)->dict[str, float]: # step -> seconds, as in the journ
         return read_journal(f'{d}/run')[0]['seconds']
 
 # %% ../../nbs/77_dev.pool_speed.ipynb #fcbc5939
-@line('round', 'the longest step besides training and passes / the whole first round of `demo`', most=.1)
+@bench_line('round', 'the longest step besides training and passes / the whole first round of `demo`', most=.1)
 def _round(quick:bool)->dict:
     seconds = _one_round(quick)
     beside = max(v for k, v in seconds.items() if k not in ('train', 'score'))

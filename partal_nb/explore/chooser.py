@@ -75,7 +75,9 @@ class ProjectView(RunView):
     "A labeling project opened for viewing"
     def prices(self)->Prices: return open_project(self.folder.path).prices
     @property
-    def note(self)->str: return f'a labeling project, {len(self.rounds)} trained networks'
+    def note(self)->str:
+        return (f'a labeling project, {len(self.rounds)} trained networks; '
+                '`partal report` shows what was asked and why, and money against quality')
 
 # %% ../../nbs/96_explore.chooser.ipynb #a941bf39
 def project_labels(
@@ -96,7 +98,7 @@ def open_project_view(
     "Open a labeling project for viewing, if it has trained a network"
     p, files = open_project(folder), ProjectRounds(folder)
     n = len(files.trained())
-    if not n: raise ValueError(f"{folder}: no network yet; `partal ask` trains one once every task has two labels")
+    if not n: raise ValueError(f"{folder}: no network yet; `partal ask` trains one as soon as a task has two labels")
     with p.ledger() as ledger:
         pool, test, _ = load_labels(p, ledger)
         labels = project_labels(p, ledger.events())

@@ -170,12 +170,8 @@ LISTEN = """function watched(el, model, draw) {
   sizes.observe(el)
   themes.observe(document.body, {attributeFilter: ['data-jp-theme-light']})
   light.addEventListener('change', draw)
-  return () => {
-    clearTimeout(timer)
-    sizes.disconnect()
-    themes.disconnect()
-    light.removeEventListener('change', draw)
-  }
+  const stop = () => { clearTimeout(timer); sizes.disconnect(); themes.disconnect() }
+  return () => { stop(); light.removeEventListener('change', draw) }
 }
 """
 

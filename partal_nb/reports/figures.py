@@ -23,7 +23,7 @@ from plotly.subplots import make_subplots
 from ..tasks import METRIC_NAMES, TASK_COLORS
 from ..config import OLD_FIELDS, PRESETS, preset
 from ..runs.folder import RunFolder
-from .read import FREE_FIELDS, RunRecord, named_rows, spread, tidy
+from .read import FREE_FIELDS, RunRecord, named_rows, over_seeds, tidy
 
 # %% ../../nbs/71_reports.figures.ipynb #2357527b
 STYLES = dict(
@@ -67,7 +67,7 @@ AXES = dict(pairs='labeled pairs', cost='cost of the labels')
 
 # %% ../../nbs/71_reports.figures.ipynb #c000017b
 def metric_title(
-    row, # with `metric`, `unit` and `lower_is_better`, as `spread` has them
+    row, # with `metric`, `unit` and `lower_is_better`, as `over_seeds` has them
 )->str: # e.g. `RMSE (m) ↓`
     "A metric's name, unit, and which way is better"
     name = METRIC_NAMES.get(row.metric, row.metric)
@@ -77,7 +77,7 @@ def metric_title(
 
 # %% ../../nbs/71_reports.figures.ipynb #f6357284
 def spread_band(
-    d:pd.DataFrame, # rows of `spread`, of one strategy and task
+    d:pd.DataFrame, # rows of `over_seeds`, of one strategy and task
     x:str,          # one of `AXES`
     name:str,       # of the strategy
     color:str,
@@ -94,7 +94,7 @@ def spread_band(
 
 # %% ../../nbs/71_reports.figures.ipynb #c000017c
 def mean_line(
-    d:pd.DataFrame, # rows of `spread`, of one strategy and task
+    d:pd.DataFrame, # rows of `over_seeds`, of one strategy and task
     x:str,          # one of `AXES`
     name:str,       # of the strategy
     style:tuple,    # its color and marker
@@ -118,7 +118,7 @@ def curves(
 )->go.Figure:
     "Main metric of every task against the labels it took, a line a strategy"
     if x not in AXES: raise ValueError(f"unknown axis {x!r}; there are {list(AXES)}")
-    s = spread(df)
+    s = over_seeds(df)
     s = s[s.main]
     tasks = s.task.unique().tolist()
     fig, places = panels(tasks)
@@ -228,7 +228,7 @@ def length_note(
 
 # %% ../../nbs/71_reports.figures.ipynb #d9a1ffaa
 def last_common(
-    s:pd.DataFrame, # of `spread`
+    s:pd.DataFrame, # of `over_seeds`
 )->pd.DataFrame: # its rows of one round
     "The last round that every run has finished"
     rounds:Any = s.groupby('strategy')['round']
@@ -240,7 +240,7 @@ def results_table(
     df:pd.DataFrame, # of `read_runs`
 )->pd.DataFrame: # a row for each task and metric; for each strategy mean, std and seeds
     "Metrics after the last round that every run has finished, mean and standard deviation over seeds"
-    s = last_common(spread(df))
+    s = last_common(over_seeds(df))
     last = s['round'].iloc[0]
     s = s.assign(metric=[metric_title(row) for row in named_rows(s)])
     order = s[['task', 'metric']].drop_duplicates().itertuples(index=False, name=None)
@@ -253,7 +253,7 @@ def results_table(
 
 # %% ../../nbs/71_reports.figures.ipynb #08e9816e
 def mean_and_std(
-    row:pd.Series, # of `spread`
+    row:pd.Series, # of `over_seeds`
 )->str: # e.g. `24.00 ± 1.41`
     "A mean with its standard deviation, if there is one"
     mean = f"{row['mean']:.2f}"
@@ -266,7 +266,7 @@ def markdown_table(
     full:dict={},     # `Study.reference()`
 )->str: # GitHub-flavored
     "The main metric of each task after the last common round, as a Markdown table with a row a strategy"
-    s = spread(df)
+    s = over_seeds(df)
     s = last_common(s[s.main])
     heads = {row.task: f'{row.task}, {metric_title(row)}' for row in named_rows(s)}
     main = {row.task: row.metric for row in named_rows(s)}

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'ERRORS', 'UNITLESS', 'SETTINGS', 'FREE_FIELDS', 'FREE_OF_REFERENCE', 'RunRecord', 'read_run',
            'run_folders', 'metric_unit', 'round_rows', 'tidy', 'with_metrics', 'differences', 'check_alike', 'read_all',
            'read_runs', 'call_it', 'Study', 'main_metrics', 'check_reference', 'read_study', 'is_as_planned',
-           'finished_seeds', 'check_one_origin', 'read_planned', 'spread', 'named_rows']
+           'finished_seeds', 'check_one_origin', 'read_planned', 'over_seeds', 'named_rows']
 
 # %% ../../nbs/70_reports.read.ipynb #c0000178
 from collections.abc import Iterable
@@ -316,7 +316,7 @@ def read_planned(
     return [named for f, arm in folders.items() for named in call_it([read_run(f)], arm)]
 
 # %% ../../nbs/70_reports.read.ipynb #cabeac9f
-def spread(
+def over_seeds(
     df:pd.DataFrame, # of `read_runs`
 )->pd.DataFrame: # a row for each strategy, round, task and metric: mean, std, seeds, and mean pairs, cost and steps
     "Mean and standard deviation over seeds, of the rounds that all seeds of a strategy have finished"

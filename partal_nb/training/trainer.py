@@ -27,7 +27,7 @@ from ..config import RunConfig
 from ..data.arrays import Arrays
 from ..model.padnet import PADNet, Prediction, resolve_precision
 from ..losses import total_loss
-from .augment import augment
+from .augment import augment, to_device
 from .schedule import batch_index, learning_rate, plan_steps, prefetch
 from .hooks import Bar, Checkpoint, Hook, LossPrediction, Pseudo, PseudoLabels, RefuseDivergence
 from .hooks import Snapshots, Tracker, WeightAverage, load_finished
@@ -43,7 +43,7 @@ def pick_injected(
     first = labels[tasks[0].name]
     keep = torch.rand(len(tasks), len(first), 1, 1, 1) < p # drawn on the CPU: the same on every device
     if labeled is not None: keep &= torch.tensor(labeled.T).view(keep.shape)
-    keep = keep.to(first.device)
+    keep = to_device(keep, first.device)
     return {t.name: torch.where(kept, labels[t.name], t.ignore) for t, kept in zip(tasks, keep)}
 
 # %% ../../nbs/34_training.trainer.ipynb #09696325
@@ -172,8 +172,8 @@ class DevicePool:
         labeled:np.ndarray, # (B, K) bool; where it is False the label is void in every pixel
     )->tuple: # (B, 3, H, W) uint8, and task → (B, C, H, W), as `Arrays.batch` has them
         device = self.rgb.device
-        at = torch.from_numpy(self.place[index]).to(device)
-        void = ~torch.from_numpy(labeled).to(device).view(*labeled.shape, 1, 1, 1)
+        at = to_device(self.place[index], device)
+        void = ~to_device(labeled, device).view(*labeled.shape, 1, 1, 1)
         maps = lambda a: a[at].permute(0, 3, 1, 2)
         labels = {}
         for k, t in enumerate(self.tasks):
