@@ -351,7 +351,7 @@ def train(
 )->dict: # `steps`, `seconds`, `loss` (mean of the last tenth), `curve` [[step, loss], …], `resolved`
     "Train one round, or resume it, or only load it if it is finished"
     if config.processes > 1:
-        raise ValueError(f"config processes: {config.processes} are for `partal run`; this training has one, set it to 1")
+        raise ValueError(f"config processes: {config.processes} are for `partal run`, here is one; set it to 1")
     checkpoint = Checkpoint(path, save_every)
     own = [WeightAverage()] if config.ema else []
     own += [Tracker(), Snapshots(path), RefuseDivergence(), checkpoint, Bar(progress)]
