@@ -2,22 +2,17 @@
 import json
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from test_projects import NoWal, as_nobody
 
 from partal_nb.config import preset
 from partal_nb.core import cache_dir, write_atomic
-from partal_nb.reports.page import write_report
 from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.journal import read_journal
-from partal_nb.runs.ledger import read_labeled
-from partal_nb.runs.loop import run
 
 TINY = dict(pool_images=10, test_images=4, height=48, width=64, features=8, encoder='test_efficientnet',
             pretrained=False, start_images=3, step_pairs=6, rounds=1, train_by='steps', train_for=2, passes=2,
@@ -68,37 +63,6 @@ def test_nowhere_to_keep_data(tmp_path):
         assert 'set PARTAL_CACHE to a folder that can be written' in found.stderr, found.stderr
         assert ask(PARTAL_CACHE=f'{place}/cache').stdout == f'{place}/cache\n'
 
-def test_a_network_disk(tmp_path, monkeypatch):
-    "Where SQLite can't do WAL a run has a rollback journal, which its config.json says; elsewhere it says nothing"
-    config = preset('demo', **TINY, strategy='random')
-    plain = RunFolder(run(config, tmp_path/'plain', progress=False))
-    connect = sqlite3.connect
-    with monkeypatch.context() as m:
-        m.setattr(sqlite3, 'connect', lambda *a, **kw: connect(*a, factory=NoWal, **kw))
-        there = RunFolder(run(config, tmp_path/'there', progress=False))
-    assert there.about['ledger_journal'] == 'delete' and 'ledger_journal' not in plain.about
-    bought = [[line['bought'] for line in folder.journal()] for folder in (plain, there)]
-    assert bought[0] == bought[1]
-
-def test_a_read_only_run(tmp_path):
-    "Somebody else's run: its scores, its ledger and its report are read, and nothing is written beside it"
-    folder = RunFolder(run(preset('demo', **TINY), tmp_path/'run', progress=False))
-    page = tmp_path/'out'/'report.html'
-    page.parent.mkdir(mode=0o777)
-    page.parent.chmod(0o777)
-    for f in [folder.path, *folder.path.rglob('*')]: f.chmod(0o555 if f.is_dir() else 0o444)
-    for parent in folder.path.parents: # pytest's own are for their owner alone
-        if Path(tempfile.gettempdir()) in parent.parents: parent.chmod(0o755)
-    before = sorted(folder.path.rglob('*'))
-    def look():
-        os.environ['HOME'] = os.environ['MPLCONFIGDIR'] = str(page.parent)
-        assert len(read_labeled(folder.ledger_file)) == 3*3 + 6 and len(folder.read_scores(0)) == 7*3
-        write_report([folder.path], page)
-        with pytest.raises(PermissionError): run(folder.config, folder.path, progress=False)
-    assert as_nobody(look) == 0
-    assert '<html' in page.read_text('utf-8') and sorted(folder.path.rglob('*')) == before
-    for f in [folder.path, *folder.path.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)
-
 def test_two_hosts_write_beside_each_other(tmp_path, monkeypatch):
     "Two processes with one number, on two machines of one disk: neither has the other's unfinished file"
     parts = []
@@ -119,23 +83,3 @@ print([m for m in ('torch', 'timm', 'pandas', 'matplotlib', 'scipy.stats') if m 
 ''' % {k: v for k, v in TINY.items() if k not in ('encoder', 'pretrained')}
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert found.stdout == '[]\n', found.stderr
-
-def test_no_fcntl():
-    "As on Windows, which has no fcntl: the package can be imported, a lock is a file then"
-    code = '''
-import sys
-from importlib import import_module
-sys.modules['fcntl'] = None
-for name in ('runs.sweep', 'runs.folder', 'runs.ledger', 'annotate.ask', 'annotate.tell', 'commands.sweeps', 'cli',
-             'runs.checks', 'reports.page', 'uncertainty.shards', 'runs.executors', 'training.trainer', 'runs.loop'):
-    import_module(f'partal_nb.{name}')
-import tempfile
-from partal_nb.runs.folder import FolderInUse, RunFolder
-place = tempfile.mkdtemp()
-with RunFolder(place).locked():
-    try:
-        with RunFolder(place).locked(): sys.exit('two had one folder')
-    except FolderInUse: pass
-'''
-    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
