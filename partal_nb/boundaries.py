@@ -9,8 +9,6 @@ __all__ = ['CUTS', 'CHUNK', 'thin', 'Matcher', 'boundary_counts', 'best_f']
 from typing import Iterable
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_flow
 
 # %% ../nbs/05_boundaries.ipynb #c0000015
 def _two_of(a, b, c, d): return a & b | c & d | (a | b) & (c | d)
@@ -54,8 +52,9 @@ def thin(
     return x[..., 1:-1, 1:-1]
 
 # %% ../nbs/05_boundaries.ipynb #ba78aff5
-def _capacities(degree:np.ndarray, near:np.ndarray, n:int)->csr_matrix:
+def _capacities(degree:np.ndarray, near:np.ndarray, n:int): # sparse, (E + n + 2, E + n + 2)
     "The graph source → true pixels → predicted pixels → sink, in which every edge lets one unit pass"
+    from scipy.sparse import csr_matrix # heavy
     E = len(degree)
     heads = np.concatenate([1 + np.arange(E), 1 + E + near, np.full(n, 1 + E + n)])
     # edges that leave the source, each true pixel, each predicted one, the sink
@@ -67,6 +66,7 @@ def _capacities(degree:np.ndarray, near:np.ndarray, n:int)->csr_matrix:
 # %% ../nbs/05_boundaries.ipynb #23c98e2b
 def _partners(degree:np.ndarray, near:np.ndarray, n:int)->np.ndarray:
     "Of `n` pixels those that find a partner; true pixel i may have each of the next `degree[i]` of `near`"
+    from scipy.sparse.csgraph import maximum_flow # heavy
     E = len(degree)
     flow = maximum_flow(_capacities(degree, near, n), 0, 1 + E + n).flow
     last = slice(flow.indptr[-2], flow.indptr[-1])

@@ -87,6 +87,7 @@ class TrainConfig:
     pseudo:float=0.              # trust in the last round's predictions as missing labels; 0: off, they harm depth
     precision:str='auto'         # `auto`: bf16 on a GPU that has it, else fp32; or `fp32`, `bf16`
     device:str='auto'            # `auto`: a GPU if there is one; or any torch device
+    processes:int=1              # that train together, a part of each batch each; on GPUs, one for each
 
 # %% ../nbs/04_config.ipynb #f04c7a44
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ BELOW_1 = 'dropout', 'inject_prob', 'pseudo', 'ema', 'rare'
 AT_LEAST = dict(
     seed=0, height=32, width=32, pool_images=0, test_images=0, val_images=0, score_images=0, start_images=1,
     step_pairs=1, rounds=0,
-    features=8, passes=2, members=2, train_for=1, first_train_for=0, batch_size=2, lr=0, weight_decay=0, poly_power=0,
+    features=8, passes=2, members=2, train_for=1, first_train_for=0, batch_size=2, processes=1,
+    lr=0, weight_decay=0, poly_power=0,
     step_money=0, open_price=0, label_cap=0, views=0, pool_seed=0)
 
 # %% ../nbs/04_config.ipynb #3c4788f4
@@ -212,7 +214,7 @@ def config_from_dict(
     return RunConfig(**d)
 
 # %% ../nbs/04_config.ipynb #3d49e99a
-WHERE = ('data', 'device')
+WHERE = ('data', 'device', 'processes')
 ADDED_FIELDS = dict( # and what runs without them did
     extra_metrics=(), estimator='mc_dropout', members=4, normalizer='minmax', dropout_kind='element',
     message='prediction', pseudo=0., step_money=0., per_price=False, prices=(), open_price=0., label_cap=0,

@@ -1,6 +1,7 @@
 "Machines as they are: no git, no home folder, a locale that is not UTF-8, names of folders that are hard to spell"
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from partal_nb.core import cache_dir
+from partal_nb.config import preset
+from partal_nb.core import cache_dir, write_atomic
 from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.journal import read_journal
 
@@ -60,3 +62,24 @@ def test_nowhere_to_keep_data(tmp_path):
         assert found.returncode == 1
         assert 'set PARTAL_CACHE to a folder that can be written' in found.stderr, found.stderr
         assert ask(PARTAL_CACHE=f'{place}/cache').stdout == f'{place}/cache\n'
+
+def test_two_hosts_write_beside_each_other(tmp_path, monkeypatch):
+    "Two processes with one number, on two machines of one disk: neither has the other's unfinished file"
+    parts = []
+    monkeypatch.setattr(os, 'replace', lambda part, path: parts.append(Path(part).name))
+    for host in ('node1', 'node2'):
+        monkeypatch.setattr(socket, 'gethostname', lambda: host)
+        write_atomic(tmp_path/'a.json', b'{}')
+    assert len(set(parts)) == 2 and [name.split('-')[0] for name in parts] == ['.a.json.node1', '.a.json.node2']
+
+def test_what_is_checked_first_needs_no_network_library():
+    "`partal run` and `partal sweep` refuse bad input before PyTorch and timm are imported, which takes seconds"
+    code = '''
+import sys, tempfile
+from partal_nb.config import preset
+from partal_nb.runs.checks import check_run
+check_run(preset('demo', **%r), tempfile.mkdtemp() + '/run', progress=False)
+print([m for m in ('torch', 'timm', 'pandas', 'matplotlib', 'scipy.stats') if m in sys.modules])
+''' % {k: v for k, v in TINY.items() if k not in ('encoder', 'pretrained')}
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert found.stdout == '[]\n', found.stderr

@@ -1,4 +1,5 @@
 "A large pool: scored in shards, interrupted, shared with another process, and only some of its images"
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -6,8 +7,9 @@ import pytest
 from partal_nb.commands.sweeps import score_beside
 from partal_nb.config import config_hash, preset
 from partal_nb.runs import loop
+from partal_nb.runs import shards as run_shards
 from partal_nb.runs.folder import RunFolder
-from partal_nb.uncertainty import shards
+from partal_nb.uncertainty import maps, shards
 from partal_nb.uncertainty.acquisition import SCORES
 
 TINY = preset('demo', pool_images=40, test_images=4, height=32, width=32, features=8, encoder='test_efficientnet',
@@ -21,7 +23,7 @@ def journal(folder):
 def test_interrupted_and_shared(tmp_path, monkeypatch):
     "One shard before the interruption, the others by somebody else: the run scores nothing, and is the same run"
     plain = RunFolder(loop.run(TINY, tmp_path/'plain', progress=False))
-    monkeypatch.setattr(loop, 'in_shards', partial(loop.in_shards, size=16))
+    monkeypatch.setattr(run_shards, 'in_shards', partial(shards.in_shards, size=16))
     write = shards.write_shard
     def write_one(path, *args):
         if path.name == 'part-00001.parquet': raise KeyboardInterrupt
@@ -31,13 +33,34 @@ def test_interrupted_and_shared(tmp_path, monkeypatch):
         loop.run(TINY, tmp_path/'cut', progress=False)
     cut = RunFolder(tmp_path/'cut')
     assert [p.name for p in cut.shards(0).iterdir()] == ['part-00000.parquet']
-    assert score_beside(cut, .5) and len(list(cut.shards(0).iterdir())) == 3
+    assert score_beside(cut, .5) == 'scores' and len(list(cut.shards(0).iterdir())) == 3
     with monkeypatch.context() as m:
         m.setitem(SCORES, 'entropy', lambda *_: pytest.fail('all shards are there'))
         SCORES['entropy'].by_image = True
         loop.run(TINY, cut.path, progress=False)
     assert journal(cut) == journal(plain) and not cut.shards(0).exists()
     assert cut.read_scores(0).equals(plain.read_scores(0))
+
+@pytest.mark.parametrize('strategy', ['coreset', 'herd_equal'])
+def test_features_interrupted_and_shared(tmp_path, monkeypatch, strategy):
+    "Likewise with the features of all images, whether pairs have scores beside them or not"
+    config = replace(TINY, strategy=strategy)
+    plain = RunFolder(loop.run(config, tmp_path/'plain', progress=False))
+    monkeypatch.setattr(run_shards, 'FeatureShards', partial(shards.FeatureShards, size=16))
+    pool_features = maps.pool_features
+    def first_shard(*args, rows=None, **more):
+        if rows is not None and rows[0]: raise KeyboardInterrupt
+        return pool_features(*args, rows=rows, **more)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(maps, 'pool_features', first_shard)
+        loop.run(config, tmp_path/'cut', progress=False)
+    cut = RunFolder(tmp_path/'cut')
+    assert [p.name for p in cut.shards(0).iterdir()] == ['features-00000.safetensors']
+    assert score_beside(cut, .5) == 'features' and len(list(cut.shards(0).iterdir())) == 3
+    with monkeypatch.context() as m:
+        m.setattr(maps, 'pool_features', lambda *_, **__: pytest.fail('all shards are there'))
+        loop.run(config, cut.path, progress=False)
+    assert journal(cut) == journal(plain) and not cut.shards(0).exists()
 
 def test_some_images(tmp_path):
     "What is bought comes from the sample, and each round has a sample of its own"

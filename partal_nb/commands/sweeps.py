@@ -158,25 +158,12 @@ def parse_shard(
         raise ValueError(f"--shard {text}: expected the process's number and how many there are, e.g. 2/3")
     return (int(i) - 1)/int(n)
 
-# %% ../../nbs/97a_commands.sweeps.ipynb #678f8609
-def _is_to_score(folder, r:int)->bool: # is the round's network trained, and its pool not scored?
-    if not folder.checkpoint(r).exists() or folder.scores_file(r).exists(): return False
-    return all(path.exists() for path in folder.others(r))
-
-# %% ../../nbs/97a_commands.sweeps.ipynb #eb986f9c
-def score_beside(
-    folder,        # a `RunFolder`
-    share:float,   # of the shards that come before the first that this process scores
-)->bool: # was there a pool to score?
-    "Score shards of the round that is under way"
-    from partal_nb.core import derive_seed, pick_device
+# %% ../../nbs/97a_commands.sweeps.ipynb #ab78f84a
+def _fill_scores(folder, r:int, share:float, arrays, models:list):
+    from partal_nb.core import derive_seed
     from partal_nb.pool import Pool
-    from partal_nb.runs.checks import run_data
     from partal_nb.runs.ledger import Ledger
-    from partal_nb.runs.loop import shards_for
-    r, config = len(folder.journal()), folder.config
-    if not _is_to_score(folder, r): return False
-    arrays, _ = run_data(config).load(config)
+    from partal_nb.runs.shards import shards_for
     with Ledger(folder.ledger_file, arrays.images, arrays.tasks) as ledger:
         labeled, start = ledger.labeled(r), ledger.labeled(0)
     acquisition = shards_for(folder, r)
@@ -184,9 +171,26 @@ def score_beside(
     if not acquisition.is_cut(pool):
         raise ValueError(f"{folder.path}: nothing to share, this pool is scored at once; more than "
                          f"{acquisition.size} images are scored in shards, by scores that look at one image at a time")
+    acquisition.fill(models, arrays, pool, derive_seed(folder.config.seed, 'score', r), share)
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #eb986f9c
+def score_beside(
+    folder,        # a `RunFolder`
+    share:float,   # of the shards that come before the first that this process makes
+)->str: # `scores` or `features`, of which no shard is missing now; empty: there was nothing to do
+    "Make shards of the round that is under way"
+    from partal_nb.core import pick_device
+    from partal_nb.runs.checks import run_data
+    from partal_nb.runs.shards import features_for, wanted_shards
+    r, config = len(folder.journal()), folder.config
+    wanted = wanted_shards(folder, r)
+    if not wanted: return ''
+    arrays, _ = run_data(config).load(config)
     models = [model.to(pick_device(config.device)) for model in folder.networks(r)]
-    acquisition.fill(models, arrays, pool, derive_seed(config.seed, 'score', r), share)
-    return True
+    if wanted == 'scores': _fill_scores(folder, r, share, arrays, models)
+    shards = features_for(folder, r)
+    if wanted == 'features' and shards and len(arrays) > shards.size: shards.fill(models[0], arrays, share)
+    return wanted
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #684eb4b9
 def score(
@@ -201,4 +205,5 @@ def score(
         folder = load_run(run_folder)
         share = parse_shard(shard)
         while len(folder.journal()) <= folder.config.rounds:
-            if not score_beside(folder, share): time.sleep(5)
+            score_beside(folder, share)
+            time.sleep(5) # for the run to go on

@@ -14,10 +14,9 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable
+from typing import TYPE_CHECKING, Any, Iterable
 
 import numpy as np
-import torch
 from PIL import Image
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -26,6 +25,8 @@ from ..core import cache_dir
 from ..forms import Direction, ReadForm
 from ..tasks import Task
 from .dataset import Dataset, file_names, images_of
+
+if TYPE_CHECKING: import torch # heavy
 
 # %% ../../nbs/14_data.arrays.ipynb #4dc2f062
 def _nearest(label:np.ndarray, height:int, width:int)->np.ndarray: # (height, width, C)
@@ -164,17 +165,19 @@ class Rows:
     def __array__(self, dtype=None, copy=None): return np.asarray(self.base[self.rows], dtype)
 
 # %% ../../nbs/14_data.arrays.ipynb #c000006f
-def _tensor(a:np.ndarray, dtype)->torch.Tensor: # (B, H, W, C) to (B, C, H, W)
+def _tensor(a:np.ndarray, dtype:str)->'torch.Tensor': # (B, H, W, C) to (B, C, H, W)
+    import torch
     y = torch.from_numpy(np.ascontiguousarray(a))
-    return y.permute(0, 3, 1, 2).to(dtype).contiguous()
+    return y.permute(0, 3, 1, 2).to(getattr(torch, dtype)).contiguous()
 
 # %% ../../nbs/14_data.arrays.ipynb #a9bc7abe
-def _label_batch(stored, task:Task, index:np.ndarray, labeled:np.ndarray)->torch.Tensor: # (B, C, H, W)
+def _label_batch(stored, task:Task, index:np.ndarray, labeled:np.ndarray)->'torch.Tensor': # (B, C, H, W)
     "Labels of one task; what is not labeled is not read"
-    dtype = getattr(torch, task.form.tensor)
+    import torch
+    dtype = task.form.tensor
     if labeled.all(): return _tensor(stored[index], dtype)
     _, H, W, C = stored.shape
-    y = torch.full((len(index), C, H, W), task.ignore, dtype=dtype)
+    y = torch.full((len(index), C, H, W), task.ignore, dtype=getattr(torch, dtype))
     if not labeled.any(): return y
     y[torch.from_numpy(labeled)] = _tensor(stored[index[labeled]], dtype)
     return y
@@ -205,7 +208,7 @@ class Arrays:
         labels = {}
         for t, column in zip(self.tasks, labeled.T):
             labels[t.name] = _label_batch(self.labels[t.name], t, index, column)
-        return _tensor(self.rgb[index], torch.uint8), labels
+        return _tensor(self.rgb[index], 'uint8'), labels
 
 # %% ../../nbs/14_data.arrays.ipynb #c0000071
 def _split_of(dataset:Dataset, images:tuple)->tuple: # its name, and ids
@@ -259,11 +262,12 @@ def load_arrays(
 
 # %% ../../nbs/14_data.arrays.ipynb #fc3170f3
 def unit_rgb(
-    rgb:torch.Tensor,         # (B, 3, H, W) uint8
+    rgb:'torch.Tensor',       # (B, 3, H, W) uint8
     device=None,              # where the result lies; None: where `rgb` lies
     channels_last:bool=False, # in the memory layout that convolutions prefer
-)->torch.Tensor: # (B, 3, H, W) float32 in [0, 1]
+)->'torch.Tensor': # (B, 3, H, W) float32 in [0, 1]
     "Images as a network takes them"
+    import torch
     if rgb.dtype != torch.uint8:
         raise TypeError(f"rgb: expected uint8 (B, 3, H, W) as `Arrays.batch` returns it, got {rgb.dtype}")
     x = rgb.to(device).float().div_(255)

@@ -13,7 +13,6 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
-from scipy.ndimage import distance_transform_edt, find_objects, laplace, uniform_filter
 
 from ..core import log
 from ..forms import Distance, ReadForm, YesNo, unit_or_void
@@ -42,6 +41,7 @@ class _Window:
         self.n = np.maximum(share, .5/self.side**2)
 
     def total(self, a):
+        from scipy.ndimage import uniform_filter # heavy
         return uniform_filter(a*self.seen, self.side, mode='constant', output=np.float64)
 
     def mean(self, a): return self.total(a)/self.n
@@ -61,6 +61,7 @@ def normals_from_depth(
     semseg:np.ndarray|None=None, # (H, W) or (H, W, 1) classes, or other areas; a window stops at their borders
 )->np.ndarray: # (H, W, 3) float32, unit: x right, y up, z to the viewer; 0 where there is no plane
     "Least-squares planes through a window around every pixel"
+    from scipy.ndimage import find_objects # heavy
     depth = depth.reshape(depth.shape[:2])
     rays = _pixel_rays(*depth.shape, camera)
     if semseg is None: return _planes(depth, *rays, _Window(depth > 0, depth.shape[1]), camera[0])
@@ -95,6 +96,7 @@ def edges_from_ids(
     void:int|None=None,  # the id of pixels that belong to no area yet
 )->np.ndarray: # (H, W) uint8, 1 on edges; all 255 where every pixel is void
     "The boundaries between areas, one pixel wide"
+    from scipy.ndimage import distance_transform_edt, laplace # heavy
     ids = ids.reshape(ids.shape[:2])
     if void is not None:
         if (ids == void).all(): return np.full(ids.shape, 255, np.uint8)

@@ -21,7 +21,6 @@ import partal_nb.data.furniture
 import partal_nb.data.rays
 import partal_nb.data.rooms
 import partal_nb.data.walks
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 # %% ../../nbs/19_data.prepare.ipynb #41d4288a
@@ -358,8 +357,9 @@ def _draw_column(axes, name:str, task:Task|None, seen:list, ids:list): # task: N
 def contact_sheet(
     source,       # a `Dataset` or a `Folder`
     images:int=4, # rows, spread evenly over all splits
-)->Figure:
+): # a Matplotlib figure
     "Some images with all their labels, on a scale for each task"
+    from matplotlib.figure import Figure # heavy
     every = images_of(source.splits)
     spread = np.linspace(0, len(every) - 1, images).astype(int)
     ids = [every[k] for k in np.unique(spread)]

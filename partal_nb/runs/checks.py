@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import partal_nb
 
@@ -31,7 +30,6 @@ from ..data.dataset import Dataset
 from ..data.arrays import Arrays, load_arrays
 from ..data.walks import cluster_id
 from ..data.prepare import open_data
-from ..model.encoder import Encoder
 from ..uncertainty.acquisition import Acquisition
 from ..select.prices import Prices, least_total, parse_prices
 from ..select.pick import start_rows
@@ -61,6 +59,7 @@ def about_machine(
     device:str='auto', # as in the configuration
 )->dict: # versions, machine, commit, command
     "Where and with what a run is made"
+    import torch # heavy
     dev = pick_device(device)
     packages = dict(partal_nb=partal_nb.__version__) # without metadata where it is a bare folder
     packages |= {name: version(name) for name in ('torch', 'timm', 'numpy')}
@@ -362,6 +361,20 @@ def _check_test_labels(data:ChosenData):
         raise ValueError(f"none of the {len(data.test)} images to measure on has a label of {unseen}: "
                          "label some, or leave these tasks out")
 
+# %% ../../nbs/63_runs.checks.ipynb #fa24ce72
+def _check_network(config:RunConfig):
+    "Refuse a device or an encoder that is not there; what always is costs no import of PyTorch and timm"
+    if config.device not in ('auto', 'cpu'): pick_device(config.device)
+    if config.encoder == RunConfig.encoder: return
+    from partal_nb.model.encoder import Encoder # heavy
+    Encoder(config.encoder, pretrained=False)
+
+# %% ../../nbs/63_runs.checks.ipynb #0a111a43
+def _check_processes(config:RunConfig):
+    if config.processes == 1: return
+    from partal_nb.runs.ranks import check_processes # heavy
+    check_processes(config, config.batch_size if config.labels_from else config.start_images)
+
 # %% ../../nbs/63_runs.checks.ipynb #a63f0049
 def check_run(
     config:RunConfig,     # all that decides the result
@@ -373,8 +386,8 @@ def check_run(
     folder = RunFolder(folder)
     load_plugins(where_now(folder.about.get('imports', ())) if folder.exists else ())
     _check_passes(config)
-    pick_device(config.device)
-    Encoder(config.encoder, pretrained=False)
+    _check_network(config)
+    _check_processes(config)
     if dataset is None: dataset = open_dataset(config, progress)
     if check_folder(folder, config, dataset):
         with folder.locked(): pass

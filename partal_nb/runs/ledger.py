@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, transaction
 from ..tasks import Pair, Task
@@ -274,13 +273,15 @@ class LedgerTable(LedgerTotals):
     "The list of all events, and of all corrections"
     def events(self,
         first:bool=False, # with the facts as they were first written, not as they were corrected since
-    )->pd.DataFrame: # id, kind, image, task, round, cost, source, at (UTC), sha256, minutes, note
+    ): # data frame: id, kind, image, task, round, cost, source, at (UTC), sha256, minutes, note
         "All that happened, in the order in which it did"
+        import pandas as pd # heavy
         table = 'current' if self._has_facts() and not first else 'events'
         return pd.read_sql_query(f'SELECT * FROM {table} ORDER BY id', self.db)
 
-    def amendments(self)->pd.DataFrame: # id, event, cost, source, minutes, note, by, at, image, task, round
+    def amendments(self): # data frame: id, event, cost, source, minutes, note, by, at, image, task, round
         "All facts that were corrected, in the order in which they were"
+        import pandas as pd # heavy
         columns = 'id event cost source minutes note by at image task round'.split()
         if not self._has_facts(): return pd.DataFrame(columns=columns)
         return pd.read_sql_query('SELECT a.*, image, task, round FROM amended AS a '
@@ -317,7 +318,7 @@ class LedgerStates(LedgerTable):
 
 # %% ../../nbs/60_runs.ledger.ipynb #eac668bd
 _NEW = State('', 0, 0, 0, 0, '')
-def _follow(events:pd.DataFrame)->dict: # Pair -> State, with its last event's id in `waited`
+def _follow(events)->dict: # Pair -> State, with its last event's id in `waited`
     state = {}
     rows:Iterable[Any] = events.itertuples() # named as the columns
     for e in rows:
@@ -331,7 +332,7 @@ def _follow(events:pd.DataFrame)->dict: # Pair -> State, with its last event's i
 
 # %% ../../nbs/60_runs.ledger.ipynb #506d37db
 def replay(
-    events:pd.DataFrame, # as `Ledger.events` returns them
+    events, # data frame, as `Ledger.events` returns them
 )->dict: # Pair -> State
     "The state that `events` lead to, each checked against what may come before it"
     asked = events[events.kind == 'asked']

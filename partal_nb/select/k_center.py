@@ -7,7 +7,6 @@ __all__ = ['k_center', 'pick_distances']
 
 # %% ../../nbs/50_select.k_center.ipynb #c00000fd
 import numpy as np
-from scipy.spatial.distance import cdist
 
 # %% ../../nbs/50_select.k_center.ipynb #64ba6e21
 _CHUNK = 4096  # rows multiplied at a time: what needs memory beside the features is O(N)
@@ -42,6 +41,7 @@ def _exact(
     rows:np.ndarray,     # (M,)
     covered:np.ndarray,  # (S,) rows
 )->np.ndarray: # (M,) squared distance to the nearest of `covered`, in float64
+    from scipy.spatial.distance import cdist # heavy
     near = np.full(len(rows), np.inf)
     for i in range(0, len(rows), _EXACT):
         s = slice(i, i + _EXACT)
@@ -109,6 +109,7 @@ def _check_seeds(seeds:np.ndarray, budget:int, N:int):
 
 # %% ../../nbs/50_select.k_center.ipynb #a173ef21
 def _nearest_to_mean(features:np.ndarray)->int: # a row
+    from scipy.spatial.distance import cdist # heavy
     return int(cdist(features, features.mean(0, dtype=float)[None]).argmin())
 
 # %% ../../nbs/50_select.k_center.ipynb #c13ef79e
@@ -145,6 +146,7 @@ def pick_distances(
     picks:np.ndarray,    # (M,) rows, in the order in which they were picked
 )->np.ndarray: # (M,), inf where nothing was covered
     "How far each pick lay from the nearest row that was covered before it"
+    from scipy.spatial.distance import cdist # heavy
     near = _exact(features, picks, np.asarray(seeds, int))
     for i in range(0, len(picks), _EXACT):
         end = min(i + _EXACT, len(picks))

@@ -13,8 +13,6 @@ from typing import Any, Callable
 
 import numpy as np
 from numpy.random import Generator
-from scipy.spatial.distance import cdist
-from scipy.stats import rankdata
 
 from ..core import add_entry
 from .k_center import k_center, pick_distances
@@ -86,6 +84,7 @@ def ranks(
     compete:bool=False,   # all lists together
 )->np.ndarray: # (N, J), 1 for the lowest, equal ones share their mean; 0 where not unlabeled
     "Ranks within each list"
+    from scipy.stats import rankdata # heavy
     out = np.zeros(worth.shape)
     if compete: out[unlabeled] = rankdata(worth[unlabeled])
     else:
@@ -156,6 +155,7 @@ def kernel_width(
     centers:np.ndarray,  # rows that cover
 )->float: # > 0
     "Median distance of some rows to the nearest center that is another row"
+    from scipy.spatial.distance import cdist # heavy
     near = np.full(len(some), np.inf)
     for i in range(0, len(centers), _BLOCK):
         block = centers[i:i + _BLOCK]
@@ -254,6 +254,7 @@ def pick_herd(lists:Lists, rng:Generator)->np.ndarray: # (N, J)
 
 # %% ../../nbs/54_select.pick.ipynb #e5a1586c
 def _nearest(features:np.ndarray, centers:np.ndarray)->tuple[np.ndarray, np.ndarray]: # (N,) center, squared distance
+    from scipy.spatial.distance import cdist # heavy
     label = np.empty(len(features), int)
     square = np.empty(len(features))
     for i in range(0, len(features), _BLOCK):
@@ -289,6 +290,7 @@ _TRIED = 2048   # images of a cluster that are compared
 
 # %% ../../nbs/54_select.pick.ipynb #9ab8c04c
 def _typical(features:np.ndarray, n:int, rng:Generator)->list[int]: # rows, fewer than `n` if clusters are empty
+    from scipy.spatial.distance import cdist # heavy
     label = k_means(features, n, rng)
     picks = []
     for cluster in np.argsort(-np.bincount(label, minlength=n), kind='stable'):

@@ -172,6 +172,7 @@ def warn_of_mix(
     now:dict,   # likewise
 ):
     "Say that a training or a run goes on with other arithmetic than it was begun with"
+    begun, now = (dict(processes=1) | how if how else how for how in (begun, now)) # not written where it is 1
     other = sorted(f'{k} {begun[k]}, now {now[k]}' for k in begun.keys() & now if begun[k] != now[k])
     if other: log.warning("%s: begun with %s; numbers differ in the last digits", where, ', '.join(other))
 

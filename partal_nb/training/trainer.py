@@ -65,7 +65,7 @@ def make_accelerator(
 # %% ../../nbs/34_training.trainer.ipynb #78d3b3f0
 def resolved(
     config:RunConfig, # `device`, `precision`
-)->dict: # of a round's result: `device`, `precision`, `threads` (of the CPU), `tf32`
+)->dict: # of a round's result: `device`, `precision`, `threads` (of the CPU), `tf32`, `processes` if several
     "What computes here, and how"
     device = pick_device(config.device)
     cuda = device.type == 'cuda'
@@ -73,7 +73,8 @@ def resolved(
         device=torch.cuda.get_device_name(device) if cuda else device.type,
         precision=resolve_precision(config.precision, device),
         threads=torch.get_num_threads(),
-        tf32=cuda and ALLOW_TF32)
+        tf32=cuda and ALLOW_TF32,
+        **dict(processes=config.processes) if config.processes > 1 else {})
 
 # %% ../../nbs/34_training.trainer.ipynb #f58d6a36
 def batch_norms(
@@ -349,6 +350,8 @@ def train(
     hooks:tuple[Hook, ...]=(), # more hooks, called after the others
 )->dict: # `steps`, `seconds`, `loss` (mean of the last tenth), `curve` [[step, loss], …], `resolved`
     "Train one round, or resume it, or only load it if it is finished"
+    if config.processes > 1:
+        raise ValueError(f"config processes: {config.processes} are for `partal run`, here is one; set it to 1")
     checkpoint = Checkpoint(path, save_every)
     own = [WeightAverage()] if config.ema else []
     own += [Tracker(), Snapshots(path), RefuseDivergence(), checkpoint, Bar(progress)]

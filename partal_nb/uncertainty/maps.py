@@ -119,13 +119,15 @@ def pool_features(
     arrays:Arrays,      # the pool, N images
     batch_size:int=16,  # images at a time
     progress:bool=True, # show a bar
-)->np.ndarray: # (N, C) float32, the encoder's output averaged over the image
+    rows:np.ndarray|None=None, # (M,) which images; None: all
+)->np.ndarray: # (M, C) float32, the encoder's output averaged over the image
     "Where each image of the pool lies in feature space, labeled or not"
     model.eval()
     device = next(model.parameters()).device
     nothing = np.zeros((len(arrays), len(arrays.tasks)), bool)
+    rows = np.arange(len(arrays)) if rows is None else rows
     found = []
-    for _, x, _ in _batches(arrays, np.arange(len(arrays)), nothing, device, batch_size, progress):
+    for _, x, _ in _batches(arrays, rows, nothing, device, batch_size, progress):
         with arithmetic(model): features = model.encoder(x)
         found.append(features.float().mean((2, 3)))
     return torch.cat(found).cpu().numpy()

@@ -9,7 +9,6 @@ __all__ = ['LEFT_OUT', 'pixel_error', 'sparsification', 'sparsification_area', '
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..core import derive_seed, set_seed
@@ -113,6 +112,7 @@ def order_quality(
     uncertainty:Tensor, # (N, H, W)
 )->dict[str, float]: # `spearman`, over images; `sparsification`, over pixels
     "Whether the uncertain images and pixels are the wrong ones"
+    from scipy.stats import spearmanr # heavy
     pair = error.nanmean((1, 2))
     labeled = ~pair.isnan()
     score = uncertainty.mean((1, 2))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
 
 from ..pool import Bought
 
@@ -31,6 +30,7 @@ def _on_range(raw:np.ndarray, first:np.ndarray, q:float=0.)->np.ndarray: # (N, K
 
 # %% ../../nbs/42_uncertainty.scale.ipynb #c00000ed
 def _rank(raw:np.ndarray)->np.ndarray: # (N, K), in (0, 1)
+    from scipy.stats import rankdata # heavy
     ranks = rankdata(raw, axis=0, nan_policy='omit')
     count = np.isfinite(raw).sum(0)
     return (ranks - .5)/np.maximum(count, 1)
@@ -84,6 +84,7 @@ def calibrate(
     error:np.ndarray, # (M,) finite, of the same pairs before they were trained on
 )->Calibration|None: # None: too few pairs
     "Fit errors to scores"
+    from scipy.stats import spearmanr # heavy
     M = len(score)
     if M < LEAST_PAIRS: return None
     mean = float(error.mean())
