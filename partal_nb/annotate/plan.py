@@ -12,7 +12,7 @@ __all__ = ['TASKS_FILE', 'DEFAULTS', 'ONLY_RUNS', 'SUPPORTED', 'NOT_COMPUTED', '
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 import pandas as pd

@@ -14,7 +14,7 @@ from ..config import ModelConfig, TrainConfig
 from ..data.dataset import has_label
 from .arrays import given_labels, kept_labels
 from .plan import open_images
-from .project import Project, changed_files, open_project
+from .project import Project, changed_files
 
 # %% ../../nbs/87a_annotate.replay.ipynb #8c9cb7ae
 def as_dataset(

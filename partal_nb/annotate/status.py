@@ -8,7 +8,6 @@ __all__ = ['COLUMNS', 'load_network', 'quality', 'main_metric', 'relative_change
 
 # %% ../../nbs/89_annotate.status.ipynb #c0000216
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Iterable
 
 import numpy as np

@@ -7,7 +7,6 @@ __all__ = ['VOID', 'CURTAIN_PARTS', 'CURTAIN_MOVES', 'CURTAIN', 'cell_rgb', 'sca
            'run_beside', 'CurtainControls', 'CurtainPictures', 'CurtainBox']
 
 # %% ../../nbs/92b_explore.curtain.ipynb #f2491679
-import html
 from typing import Callable
 
 import anywidget

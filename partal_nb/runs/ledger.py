@@ -19,7 +19,7 @@ from typing import Any, Iterable, NamedTuple
 import numpy as np
 
 from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, transaction
-from ..tasks import Pair, Task
+from ..tasks import Pair
 
 # %% ../../nbs/60_runs.ledger.ipynb #c0000126
 class LedgerEvents(OpenLedger):
