@@ -133,7 +133,7 @@ def strategies(plugins:Imports=None):
         from partal_nb.select.strategy import STRATEGIES
         for name, f in STRATEGIES.items(): typer.echo(f'{name:14} {f.__doc__}')
 
-# %% ../../nbs/97_commands.runs.ipynb #0e9fb62b
+# %% ../../nbs/97_commands.runs.ipynb #11412827
 def _report(runs:list[Path], out:Path, ours:str, baseline:str)->Path:
     from partal_nb.annotate.project import ProjectFolder
     projects = [place for place in runs if ProjectFolder(place).exists]
