@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from partal_nb.annotate.ask import read_batch
@@ -147,6 +148,15 @@ def test_friday_the_folder_lives(week):
     write_atomic(week.place/'photos/room15.png', png_bytes(ROOMS['room15']['rgb']))
     week.partal('add', '--edited')
     assert 'set aside' not in week.partal('status')
+    both = 'more than one file for an image: room03.jpg and room03.png; leave one'
+    twin = week.place/'photos/room03.jpg'
+    Image.fromarray(ROOMS['room03']['rgb']).save(twin)
+    write_atomic(week.place/'photos/room99.png', b'torn')
+    assert both in week.partal('status')
+    said = week.partal('add', code=1)
+    assert both in said and 'room99.png' in said and said.startswith('0 new images')
+    for f in (twin, week.place/'photos/room99.png'): f.unlink()
+    assert 'leave one' not in week.partal('status')
 
 def test_saturday_the_ledger_is_lost(week):
     "Nobody makes a new one in silence; restore brings all of it back, and without a backup every label"

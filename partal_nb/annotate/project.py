@@ -364,7 +364,8 @@ def changed_files(
     ledger:Ledger,
 )->Changed:
     "Look at every file that the project took"
-    now = take(p, open_images(p.data, p.tasks, p.encodings))
+    source = open_images(p.data, p.tasks, p.encodings)
+    now = take(p, source)
     known = p.files.taken_file.is_file()
     then = read_plain(p.files.taken_file) if known else now
     def differs(name): return then.get(name) != now.get(name)
@@ -373,7 +374,7 @@ def changed_files(
     edited = tuple(i for i in images if i not in gone and f'rgb/{i}' in then and differs(f'rgb/{i}'))
     pairs = [Pair(i, name) for i, name in product(images, p.names) if i not in gone]
     labels = tuple(pair for pair in pairs if differs(f'{pair.task}/{pair.image}'))
-    return Changed(gone, edited, labels, _lost_labels(p, ledger))
+    return Changed(gone, edited, labels, _lost_labels(p, ledger), tuple(source.faults))
 
 # %% ../../nbs/86_annotate.project.ipynb #7d411a9b
 def _lost_labels(p:Project, ledger:Ledger)->tuple: # pairs

@@ -348,7 +348,7 @@ def add(
             took = _tell_beside(p, ledger, source, away, problems)
             keep_backup(p, ledger)
         _take_again(p, source, () if edited else away.edited)
-    return Added(new, took, problems)
+    return Added(new, took, [*problems, *source.faults])
 
 # %% ../../nbs/89_annotate.status.ipynb #36cc902d
 def _new_images(p:Project, source, problems:list)->tuple: # ids

@@ -187,8 +187,9 @@ def _files_by_image(folder:Path, pattern:str, prefix:str, own:bool, faults:list)
     for p in there:
         image = same_image(prefix + p.stem)
         if p.suffix.lower() in suffixes:
-            if image in found: faults.append(f"{folder}: more than one file for an image, e.g. {[p.name]}; leave one")
-            else: found[image] = p
+            twin = found.setdefault(image, p)
+            if twin != p:
+                faults.append(f"{folder}: more than one file for an image: {twin.name} and {p.name}; leave one")
         elif own and (p.is_dir() or p.suffix.lower() not in BESIDE): faults.append(_not_read(p))
     return found
 
