@@ -184,7 +184,7 @@ def test_a_package_without_metadata(tmp_path):
     assert done.stdout.strip() == re.search(r'"(.+)"', (ROOT/'partal_nb/__init__.py').read_text())[1], done.stderr
 
 def test_code_that_was_carried_without_its_repository(tmp_path, monkeypatch):
-    "A `git` that stands in for it there knows the commit and nothing else; in another repository its commit is not ours"
+    "A `git` that stands in for it knows the commit and nothing else; another repository's commit is not ours"
     for says, expected in (('', 'ab12'), ('rev-parse) echo .git; exit 0;;', f'version {partal_nb.__version__}')):
         (tmp_path/'git').write_text(f'#!/bin/sh\ncase $1 in describe) echo ab12; exit 0;; {says} esac\nexit 128\n')
         (tmp_path/'git').chmod(0o755)
