@@ -81,7 +81,7 @@ def _sum_and_slope(pred:Tensor, target:Tensor, valid:Tensor)->tuple[Tensor, Tens
     slope = logp.exp_().scatter_add_(1, y, minus_one).masked_fill_(void, 0)
     return total, slope.view(up.shape).permute(0, 3, 1, 2)
 
-# %% ../nbs/23_losses.ipynb #3e135867
+# %% ../nbs/23_losses.ipynb #e31d58b5
 def bilinear_matrix(
     n:int,       # pixels along an axis
     N:int,       # pixels along the same axis after upsampling
@@ -91,7 +91,7 @@ def bilinear_matrix(
     unit = torch.eye(n, dtype=like.dtype, device=like.device)
     return F.interpolate(unit[None], N, mode='linear', align_corners=False)[0]
 
-# %% ../nbs/23_losses.ipynb #ed6c6db2
+# %% ../nbs/23_losses.ipynb #b1ffe684
 def slope_by_matrices(
     slope:Tensor,         # (B, C, H, W), the gradient at the upsampled size
     grid:tuple[int, int], # (h, w) before upsampling
@@ -100,7 +100,7 @@ def slope_by_matrices(
     down, across = (bilinear_matrix(n, N, slope) for n, N in zip(grid, slope.shape[-2:]))
     return down@slope@across.T
 
-# %% ../nbs/23_losses.ipynb #af26b39b
+# %% ../nbs/23_losses.ipynb #47634876
 def slope_on_grid(
     slope:Tensor,         # (B, C, H, W), the gradient at the upsampled size
     grid:tuple[int, int], # (h, w) before upsampling
@@ -129,7 +129,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g): return ctx.saved_tensors[0]*g, None, None
 
-# %% ../nbs/23_losses.ipynb #01c99d1f
+# %% ../nbs/23_losses.ipynb #1c2eeea5
 def image_cross_entropy(
     pred:Tensor,   # (B, C, h, w) logits at any stride
     target:Tensor, # (B, 1, H, W) classes 0 … C-1
@@ -241,7 +241,7 @@ def task_loss(
     valid = (target != task.ignore).any(1, keepdim=True)
     loss = LOSS_FUNCTIONS[task.loss]
     if not each: return loss(pred, target, valid)
-    if loss.by_image: return loss(pred, target, valid, True)
+    if getattr(loss, 'by_image', False): return loss(pred, target, valid, True)
     return torch.stack([loss(pred[i:i + 1], target[i:i + 1], valid[i:i + 1]) for i in range(len(pred))])
 
 # %% ../nbs/23_losses.ipynb #2088d65c

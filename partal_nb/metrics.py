@@ -9,7 +9,7 @@ __all__ = ['THRESHOLDS', 'METERS', 'Meter', 'valid_or', 'histogram', 'refuse_lab
 
 # %% ../nbs/24_metrics.ipynb #c00000bc
 from functools import partial
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Meter:
     "Sums over a data set, and the metric of `task` that follows from them"
     def __init__(self, task:Task):
         self.task = task
-        self.state = None # (S,) float64: non-finite outputs, what was counted, the other sums; states add
+        self.state:Any = None # (S,) float64: non-finite outputs, what was counted, the other sums; states add
 
     @torch.no_grad()
     def update(self,
@@ -61,7 +61,7 @@ def compute(self:Meter)->dict[str, float]: # the first is `task.metric`
     found = self.result(self.state[1:].cpu())
     return {k: float(v) for k, v in found.items()}
 
-# %% ../nbs/24_metrics.ipynb #89a2a544
+# %% ../nbs/24_metrics.ipynb #6e876cdf
 def valid_or(
     x:Tensor,     # numbers of pixels or images
     valid:Tensor, # bool, of the same shape: what counts
@@ -70,7 +70,7 @@ def valid_or(
     "What counts; on a GPU, which would have to tell how much that is, all, with `other` in the place of the rest"
     return x[valid] if x.device.type == 'cpu' else torch.where(valid, x, other).flatten()
 
-# %% ../nbs/24_metrics.ipynb #9e8d354d
+# %% ../nbs/24_metrics.ipynb #b5c9a480
 def histogram(
     index:Tensor, # 1-D, whole numbers in [0, n)
     n:int,        # bins
@@ -79,13 +79,13 @@ def histogram(
     count = torch.zeros(n, dtype=torch.int64, device=index.device)
     return count.scatter_add_(0, index, torch.ones_like(index)).double()
 
-# %% ../nbs/24_metrics.ipynb #22d31505
+# %% ../nbs/24_metrics.ipynb #dd031ed8
 def refuse_label(task:Task, found:str):
     "A number that is no class"
     expected = f'expected 0 to {task.channels - 1} or {task.ignore}'
     raise ValueError(f"task {task.name!r}: {found}, {expected}")
 
-# %% ../nbs/24_metrics.ipynb #dcce7f07
+# %% ../nbs/24_metrics.ipynb #7882f639
 def is_wrong(
     task:Task,    # of classes
     y:Tensor,     # (B, 1, H, W), numbers of classes
@@ -214,7 +214,7 @@ class MaxFOfMeans(MaxIoU):
         f = 2*precision*recall/(precision + recall).clamp(min=1e-9)
         return {self.task.metric: f.max(), 'threshold': THRESHOLDS[f.argmax()]}
 
-# %% ../nbs/24_metrics.ipynb #93b0e310
+# %% ../nbs/24_metrics.ipynb #b41138bd
 def edge_bytes(
     pred:Tensor,   # (B, 1, H, W) logits
     target:Tensor, # (B, 1, H, W) 0 or 1
@@ -225,7 +225,7 @@ def edge_bytes(
     reached = torch.bucketize(pred.sigmoid().double(), cuts, right=True)
     return torch.where(valid, reached + 128*(target > .5), 0).byte()[:, 0]
 
-# %% ../nbs/24_metrics.ipynb #7aaf2c2b
+# %% ../nbs/24_metrics.ipynb #0bc59eec
 def count_edges(
     maps:Tensor,      # (B, H, W) uint8, of `edge_bytes`
     tolerance:float,  # how far apart partners may be, a share of the diagonal

@@ -12,12 +12,14 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import partal_nb
 from partal_nb.config import RunConfig
 from partal_nb.data.arrays import Arrays, unit_rgb
 from partal_nb.dev.network_speed import NYU
 from partal_nb.losses import total_loss
 from partal_nb.metrics import meter
 from partal_nb.model.padnet import make_model
+from partal_nb.runs.checks import code_version
 from partal_nb.tasks import standard_task
 from partal_nb.training.augment import AUGMENTS, augment
 from partal_nb.training.evaluate import image_error
@@ -180,3 +182,11 @@ def test_a_package_without_metadata(tmp_path):
             "print(about_machine('cpu')['versions']['partal_nb'])")
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == re.search(r'"(.+)"', (ROOT/'partal_nb/__init__.py').read_text())[1], done.stderr
+
+def test_code_that_was_carried_without_its_repository(tmp_path, monkeypatch):
+    "A `git` that stands in for it knows the commit and nothing else; another repository's commit is not ours"
+    for says, expected in (('', 'ab12'), ('rev-parse) echo .git; exit 0;;', f'version {partal_nb.__version__}')):
+        (tmp_path/'git').write_text(f'#!/bin/sh\ncase $1 in describe) echo ab12; exit 0;; {says} esac\nexit 128\n')
+        (tmp_path/'git').chmod(0o755)
+        monkeypatch.setenv('PATH', f'{tmp_path}:/bin')
+        assert code_version() == expected

@@ -50,7 +50,7 @@ def _git(*words:str)->str: # what it prints about the folder of the package; emp
 def code_version()->str: # a commit, `-dirty` where files were changed; the package's version where it is installed
     "What partal_nb this is; never the commit of another repository that it happens to be installed in"
     import partal_nb
-    own = _git('ls-files', '--error-unmatch', '__init__.py')
+    own = _git('ls-files', '--error-unmatch', '__init__.py') or not _git('rev-parse', '--git-dir') # or no repository
     commit = own and _git('describe', '--always', '--dirty', '--abbrev=12')
     return commit or f'version {partal_nb.__version__}'
 
