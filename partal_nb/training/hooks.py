@@ -26,6 +26,7 @@ from ..data.arrays import Arrays, unit_rgb
 from ..model.encoder import log
 from ..model.padnet import PADNet, Prediction, arithmetic
 from ..losses import total_loss
+from .augment import to_device
 from .schedule import DETACH_AFTER, cycle_ends, part_path, snapshot_path
 from .checkpoint import load_checkpoint, save_checkpoint
 
@@ -276,7 +277,7 @@ def predicted_labels(
         at = index[i:i + batch_size]
         device = next(model.parameters()).device
         rgb, labels = arrays.batch(at, labeled[at])
-        inject = {k: v.to(device) for k, v in labels.items()}
+        inject = {k: to_device(v, device) for k, v in labels.items()}
         with arithmetic(model): final = model.eval()(unit_rgb(rgb, device), inject).final
         for t in arrays.tasks:
             y = label_of(t, final[t.name])

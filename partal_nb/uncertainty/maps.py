@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..core import derive_seed, set_seed
 from ..data.arrays import Arrays, unit_rgb
 from ..model.padnet import PADNet, arithmetic
+from ..training.augment import to_device
 from ..training.schedule import prefetch
 from .passes import estimate, first_network
 
@@ -49,7 +50,7 @@ def _load(
     rgb, labels = arrays.batch(at, inject)
     x = unit_rgb(rgb, device, channels_last=True)
     names = [t.name for t, some in zip(arrays.tasks, inject.any(0)) if some]
-    return at, x, {name: labels[name].to(device) for name in names} or None
+    return at, x, {name: to_device(labels[name], device) for name in names} or None
 
 # %% ../../nbs/41_uncertainty.maps.ipynb #c00000e6
 def _batches(
