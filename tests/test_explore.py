@@ -241,8 +241,8 @@ def try_entropy(page, opened):
     above = page.get_by_alt_text(f'round 0: {earlier}')
     above.wait_for(timeout=PATIENCE)
     half = above.evaluate('e => e.style.clipPath')
-    page.get_by_label('curtain').press('ArrowRight')
-    assert above.evaluate('e => e.style.clipPath') != half, 'the keyboard moves the curtain'
+    page.get_by_role('slider', name='curtain').press('ArrowRight')
+    until(page, lambda: above.evaluate('e => e.style.clipPath') != half) # the keyboard moves the curtain
 
 def try_selection(page, opened):
     plot = figure(page)
