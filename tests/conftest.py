@@ -10,6 +10,7 @@ import pytest
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
+    config.addinivalue_line('markers', 'long: repeats for minutes what a shorter test shows; PARTAL_LONG=1 runs it')
 
 # What takes minutes, the longest first: a file is one worker's, and the last one should not keep the others waiting
 LONG = ['explore', 'docs', 'executors', 'sweep', 'run', 'runs', 'cli', 'ask', 'first_week', 'types', 'strategies']
@@ -17,6 +18,10 @@ LONG = ['explore', 'docs', 'executors', 'sweep', 'run', 'runs', 'cli', 'ask', 'f
 def pytest_collection_modifyitems(items):
     rank = {f'test_{name}': i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+    if os.environ.get('PARTAL_LONG'): return
+    skip = pytest.mark.skip(reason='takes minutes; PARTAL_LONG=1 runs it, and the weekly workflow does')
+    for item in items:
+        if item.get_closest_marker('long'): item.add_marker(skip)
 
 @pytest.fixture(scope='session')
 def shared()->Path:

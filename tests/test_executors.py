@@ -90,6 +90,7 @@ def test_runs_killed_and_resumed(place, tmp_path, cache, reference):
     found = journals(tmp_path, range(SEEDS))
     assert len(found) == 2*SEEDS and found == reference.setdefault('journals', found), delay
 
+@pytest.mark.long
 def test_slurm_preempted_and_stopped(tmp_path, cache):
     "A preempted job is called again; Ctrl-C ends jobs and runs, and the same command resumes"
     pytest.importorskip('submitit')

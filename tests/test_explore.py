@@ -561,6 +561,7 @@ RECORD = """() => {
   document.querySelector('.js-plotly-plot').on('plotly_afterplot', () => { log.drawn ??= now() - log.pressed })
 }"""
 
+@pytest.mark.long
 def test_how_long_a_redraw_takes_is_written_down(page, opened, entropy_app, tmp_path):
     "From the key to the progress bar and to the new figure, control by control; how long that may be is not asserted"
     page.goto(entropy_app, timeout=PATIENCE)

@@ -194,7 +194,7 @@ def test_told_again_with_other_minutes(project, tmp_path):
 
 # SIGKILL
 
-KILLS = int(os.environ.get('PARTAL_KILLS', 40)) # 1000 take a quarter of an hour
+KILLS = int(os.environ.get('PARTAL_KILLS', 20)) # 1000 take an hour or more
 
 def started(work): # process id, file to read what it writes; a child that has everything imported already
     r, w = os.pipe()

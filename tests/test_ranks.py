@@ -41,6 +41,7 @@ def same(folder):
     measured = ('seconds', 'peak_memory_mb')
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
+@pytest.mark.long
 def test_killed_and_resumed(tmp_path, cache):
     assert start(tmp_path/'whole', cache).wait(600) == 0
     process = start(tmp_path/'cut', cache)

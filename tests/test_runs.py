@@ -83,6 +83,7 @@ def test_injection(place, study):
     found = pd.read_csv(place/'injection/injection.csv')
     assert len(found) == 2*(3*2 + 3) and set(found.images) == {6} and found.se.ge(0).all()
 
+@pytest.mark.long
 def test_length(place, study):
     lengths = {'4 steps': dict(train_by='steps', train_for=4), '3 epochs': dict(train_by='epochs', train_for=3)}
     said, kinds = notebook(place, 'length', runs=['partial_only/partal-0', 'partial_only/random-0'], lengths=lengths)

@@ -57,7 +57,7 @@ def runs(cwd): return grid('demo', ['partal', 'random'], [0], cwd/'study', **TIN
 def finished(cwd): return [is_finished(c, f) for f, c in runs(cwd).items()]
 def gone(processes): return not psutil.wait_procs(processes, timeout=30)[1]
 
-@pytest.mark.parametrize('sent,code', [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize('sent,code', [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 130, marks=pytest.mark.long)])
 def test_stopped_and_resumed(tmp_path, cache, sent, code):
     s = Sweep(tmp_path, cache)
     workers = s.wait_for(lambda: any(read_journal(f) for f in runs(tmp_path)) and s.workers())
@@ -70,6 +70,7 @@ def test_stopped_and_resumed(tmp_path, cache, sent, code):
     assert Sweep(tmp_path, cache).end()[0] == 0 and finished(tmp_path) == [True, True]
     assert all(f.joinpath('journal.jsonl').read_bytes().startswith(before) for f, before in done.items())
 
+@pytest.mark.long
 def test_killed(tmp_path, cache):
     "No process is left behind that would hold a folder"
     s = Sweep(tmp_path, cache)
@@ -87,6 +88,7 @@ def test_a_process_that_dies_is_started_again(tmp_path, cache):
     assert 'running, start 2, 0 of 2 rounds done; signal SIGKILL' in out
     assert not list((tmp_path/'study').glob('*.log'))
 
+@pytest.mark.long
 def test_one_that_always_dies(tmp_path, cache):
     "The others are finished, and what is left is reported"
     s = Sweep(tmp_path, cache, '--jobs', '1', '--tries', '2')

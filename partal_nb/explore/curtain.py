@@ -52,6 +52,7 @@ function parts(el) {
   const edge = add(place, 'div', 'position:absolute;top:0;bottom:0;width:2px;background:#fff;outline:1px solid #000')
   const move = add(frame, 'input', 'width:100%;margin:4px 0')
   Object.assign(move, {type: 'range', min: 0, max: 100, value: 50, ariaLabel: 'curtain'})
+  move.dataset.lmSuppressShortcuts = 'true' // JupyterLab would take the arrow keys
   return {frame, first, second, place, below, above, edge, move, note: add(frame, 'div', 'font-size:12px')}
 }
 """
