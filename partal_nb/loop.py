@@ -60,7 +60,7 @@ def old_file_layout(
     "How the labels of a task are written"
     return task.form.file(task)
 
-# %% ../nbs/39_loop.ipynb #999a38c4
+# %% ../nbs/39_loop.ipynb #4dba6377
 class OldJob:
     "A run of a sweep on this machine, with its process and its last lines"
     def __init__(self, job): self.job = job
@@ -76,15 +76,14 @@ class OldJob:
 
     @property
     def screen(self)->SimpleNamespace: # has `lines`
-        from partal_nb.runs.executors import read_log
-        return SimpleNamespace(lines=read_log(self.job.log))
+        return SimpleNamespace(lines=import_module('partal_nb.runs.executors').read_log(self.job.log))
 
-# %% ../nbs/39_loop.ipynb #c45c2b63
+# %% ../nbs/39_loop.ipynb #2486d1f8
 def _has_process(job)->bool: # it may not have started yet
     try: return bool(OldJob(job).process)
     except ProcessLookupError: return False
 
-# %% ../nbs/39_loop.ipynb #70282754
+# %% ../nbs/39_loop.ipynb #4da1efe7
 def old_sweep(
     runs:dict,                # as `sweep` takes them, and so the rest
     jobs:int=2,
@@ -93,6 +92,6 @@ def old_sweep(
     **kw,
 )->list[OldJob]:
     "A sweep of which each run's process can be seen"
-    from partal_nb.runs.sweep import sweep
+    sweep = import_module('partal_nb.runs.sweep').sweep
     def shown(jobs): return show and show([OldJob(job) for job in jobs if job.state != 'running' or _has_process(job)])
     return [OldJob(job) for job in sweep(runs, jobs, tries, shown if show else None, **kw)]

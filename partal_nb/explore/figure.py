@@ -12,6 +12,7 @@ __all__ = ['MOST', 'GAP', 'BAR', 'TITLE', 'TOP', 'SMALL_FONT', 'FONT', 'WHITE', 
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
@@ -358,7 +359,7 @@ def _all_cells(rows:list): # yields (row, column, cell)
 def figure(
     rows:list,      # lists of `Cell`, `Bars` or None; the first is a `Cell` and gives all of them their shape
     width:int=230,  # pixels of a cell
-    below:tuple=(), # lines of text below all
+    below:Sequence[str]=(), # lines of text below all
     room:int=TITLE, # pixels for a cell's title; two lines need 42
 )->dict: # as plotly's JSON: data and layout
     "All cells as one figure"
