@@ -13,11 +13,11 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'long: repeats for minutes what a shorter test shows; PARTAL_LONG=1 runs it')
 
 # What takes minutes, the longest first: a file is one worker's, and the last one should not keep the others waiting
-LONG = ['explore', 'docs', 'executors', 'sweep', 'run', 'runs', 'cli', 'ask', 'first_week', 'types', 'strategies']
+FIRST = ['explore', 'docs', 'executors', 'sweep', 'run', 'runs', 'cli', 'ask', 'first_week', 'types', 'strategies']
 
 def pytest_collection_modifyitems(items):
-    rank = {f'test_{name}': i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+    rank = {f'test_{name}': i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(FIRST)))
     if os.environ.get('PARTAL_LONG'): return
     skip = pytest.mark.skip(reason='takes minutes; PARTAL_LONG=1 runs it, and the weekly workflow does')
     for item in items:
