@@ -21,7 +21,7 @@ from .commands.runs import (
     config, explore, kernel_install, notebook, report, run, strategies)
 from .commands.sweeps import score, sweep
 from .commands.project import (
-    add, ask, check, correct, init, log, prepare, remove, restore, rooms, serve, status, tell)
+    add, ask, check, correct, init, log, prepare, relocate, remove, restore, rooms, serve, status, tell)
 
 # %% ../nbs/99_cli.ipynb #534cbfa4
 EXIT_CODES = { # of every command
@@ -56,7 +56,7 @@ def partal(
 
 # %% ../nbs/99_cli.ipynb #a99f0002
 for command in (config, run, sweep, score, notebook, strategies, report, explore): app.command()(command)
-PROJECT = prepare, rooms, check, init, ask, tell, correct, add, remove, serve, status, log, restore
+PROJECT = prepare, rooms, check, init, ask, tell, correct, add, remove, relocate, serve, status, log, restore
 for command in PROJECT: app.command()(command)
 app.add_typer(kernel_app, name='kernel')
 kernel_app.command('install')(kernel_install)

@@ -21,7 +21,8 @@ from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
 from partal_nb.annotate.tell import clear_leftovers, correct, restore, tell
-from partal_nb.annotate.status import add, log_lines, status
+from partal_nb.annotate.images import add
+from partal_nb.annotate.status import log_lines, status
 from partal_nb.core import write_atomic
 from partal_nb.data.labels import encode_label, png_bytes
 from partal_nb.data.rooms import ROOM_TASKS, render_room

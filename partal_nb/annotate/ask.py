@@ -32,7 +32,7 @@ from ..runs.ledger import Ledger
 from ..runs.journal import Steps
 from .arrays import given_labels, kept_labels, project_arrays, some_arrays
 from .files import change_lines
-from .plan import WholePurchase, open_images, prices_now
+from .plan import WholePurchase, prices_now
 from .project import (
     Changed, Project, changed_files, keep_backup, open_project)
 
@@ -203,7 +203,7 @@ def load_labels(
     away:Changed|None=None, # what changed on disk; None: look
 ): # -> Arrays, of the M images that are there; Arrays, to evaluate on; (M, K) bool, the pairs to train on
     "All that a network is trained and evaluated on"
-    source = open_images(p.data, p.tasks, p.encodings)
+    source = p.source()
     away = changed_files(p, ledger) if away is None else away
     here = ~np.isin(p.images, [*away.aside, *p.removed])
     images = tuple(i for i, there in zip(p.images, here) if there)
@@ -353,7 +353,7 @@ def _write_batch(p:Project, arrays, how:_Making, queries:list, model):
     from partal_nb.annotate.formats import FORMATS
     from partal_nb.data.labels import image_size
     target = p.files.batch(how.r)
-    part, source = target.with_name(f'.{target.name}.part'), open_images(p.data, p.tasks, p.encodings)
+    part, source = target.with_name(f'.{target.name}.part'), p.source()
     shutil.rmtree(part, ignore_errors=True) # of an `ask` that was interrupted
     part.mkdir(parents=True)
     for q in queries: q['height'], q['width'] = image_size(source.file(q['image'], 'rgb'))

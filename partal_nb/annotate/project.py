@@ -163,7 +163,14 @@ class ProjectLedger(ProjectSettings):
 # %% ../../nbs/86_annotate.project.ipynb #6f55e866
 @dataclass(frozen=True)
 class ProjectLabels(ProjectLedger):
-    "Where the labels of a project are, and which are held out"
+    "Where the images and labels of a project are, and which are held out"
+    def source(self): # a `Folder` or a `Dataset`
+        "The images, and the labels beside them"
+        try: return open_images(self.data, self.tasks, self.encodings)
+        except FileNotFoundError as e:
+            cure = f'where they were moved, `partal relocate FOLDER --project {self.folder}`'
+            raise FileNotFoundError(f'{e}; {cure}') from e
+
     def label_file(self,
         image:str,  # its id
         task:str,   # name
@@ -299,7 +306,7 @@ def keep_backup(
 # %% ../../nbs/86_annotate.project.ipynb #f5d5e1db
 def take(
     p:Project,
-    source, # as `open_images` returns it
+    source, # its images
 )->dict: # `task/image`, with `rgb` for the image itself -> SHA-256
     "The hashes of all images and of the labels beside them, as they are now"
     prints = Fingerprints(p.files.prints_file)
@@ -364,7 +371,7 @@ def changed_files(
     ledger:Ledger,
 )->Changed:
     "Look at every file that the project took"
-    source = open_images(p.data, p.tasks, p.encodings)
+    source = p.source()
     now = take(p, source)
     known = p.files.taken_file.is_file()
     then = read_plain(p.files.taken_file) if known else now

@@ -13,7 +13,6 @@ import numpy as np
 from ..config import ModelConfig, TrainConfig
 from ..data.dataset import has_label
 from .arrays import given_labels, kept_labels
-from .plan import open_images
 from .project import Project, changed_files
 
 # %% ../../nbs/87a_annotate.replay.ipynb #8c9cb7ae
@@ -27,7 +26,7 @@ def as_dataset(
         known = {pair: sha for pair, sha in ledger.labels().items() if pair not in away.lost}
         out = dict(zip(p.images, p.held_out(ledger).tolist()))
         name = f'{p.folder.resolve().name}-{ledger.last()}'
-    source, read = open_images(p.data, p.tasks, p.encodings), kept_labels(p, known)
+    source, read = p.source(), kept_labels(p, known)
     given = given_labels(p, source)
     have = [i for i in p.images if any(i in read[name] for name in p.names) and i not in (*away.aside, *p.removed)]
     splits = dict(train=[i for i in have if not out[i]], test=[i for i in have if out[i]] + list(p.val))

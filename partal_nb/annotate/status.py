@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'load_network', 'quality', 'main_metric', 'relative_change', 'curve', 'Hint', 'stopping_hint', 'Status',
-           'status', 'money_figure', 'log_lines', 'one_line', 'Added', 'add', 'remove']
+           'status', 'money_figure', 'log_lines', 'one_line']
 
 # %% ../../nbs/89_annotate.status.ipynb #c0000216
 from dataclasses import dataclass, replace
@@ -14,20 +14,16 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/89_annotate.status.ipynb #5342e95a
-from ..core import write_json
 from ..tasks import Pair
 from ..pool import Pool, scores_from_rows
 from ..uncertainty.acquisition import FEATURES, need_names
 from ..select.strategy import strategy_of
-from ..data.dataset import has_label
-from ..data.labels import image_size
 from ..select.prices import Prices, least_total, price_of
-from ..runs.ledger import Entry
 from ..runs.journal import Steps
 from ..reports.read import metric_unit
-from .files import Changed, change_lines, copy_images, image_folder
-from .project import Project, changed_files, keep_backup, keep_label, open_project, take
-from .plan import open_images, pick, prices_now, read_plain, held_out_images
+from .files import Changed, change_lines
+from .project import Project, changed_files, open_project
+from .plan import pick, prices_now
 from .tell import amount, many
 
 # %% ../../nbs/89_annotate.status.ipynb #68bd9232
@@ -313,87 +309,3 @@ def one_line(
 )->str:
     "Text that can't look like another line"
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-# %% ../../nbs/89_annotate.status.ipynb #84f980fb
-@dataclass
-class Added:
-    "What a project took from its folder"
-    images:tuple   # ids that are new
-    took:dict      # outcome of `Ledger.tell` -> pairs, of labels beside the images
-    problems:list  # files that are not taken, and why
-
-    def __str__(self):
-        labels = {k: len(v) for k, v in self.took.items() if k in ('told', 'corrected')}
-        lines = [many(len(self.images), 'new image(s)'), f"{many(labels.get('told', 0), 'new label(s)')} beside them, "
-                 f"{many(labels.get('corrected', 0), 'correction(s)')}"]
-        return '\n'.join(lines + [f'  {why}' for why in self.problems])
-
-# %% ../../nbs/89_annotate.status.ipynb #abfbf79b
-def add(
-    folder,             # of the project
-    sources:Iterable=(), # images, folders of images, videos: copied beside the project's images first
-    every:float=1.,     # seconds between two frames of a video
-    edited:bool=False,  # take images whose content changed as they are now
-)->Added:
-    "Take what is new: images, and labels beside them"
-    p = open_project(folder)
-    with p.files.locked():
-        problems = copy_images(image_folder(p.data), sources, every)
-        source = open_images(p.data, p.tasks, p.encodings)
-        new = _new_images(p, source, problems)
-        p = replace(p, images=p.images + new)
-        p.save()
-        with p.ledger() as ledger:
-            away = changed_files(p, ledger)
-            took = _tell_beside(p, ledger, source, away, problems)
-            keep_backup(p, ledger)
-        _take_again(p, source, () if edited else away.edited)
-    return Added(new, took, [*problems, *source.faults])
-
-# %% ../../nbs/89_annotate.status.ipynb #36cc902d
-def _new_images(p:Project, source, problems:list)->tuple: # ids
-    known = {*p.images, *p.val}
-    found = []
-    for image in held_out_images(source)[0]:
-        if image in known: continue
-        try: image_size(source.file(image, 'rgb'))
-        except (ValueError, OSError) as e: problems.append(str(e))
-        else: found.append(image)
-    return tuple(found)
-
-# %% ../../nbs/89_annotate.status.ipynb #e0f1084b
-def _tell_beside(p:Project, ledger, source, away:Changed, problems:list)->dict: # outcome -> pairs
-    entries = []
-    for image, task in away.labels:
-        if not has_label(source, image, task): continue
-        try: entries.append(Entry(image, task, keep_label(p, image, p.task(task), source.label(image, task))))
-        except (ValueError, OSError, MemoryError) as e: problems.append(str(e))
-    found = {}
-    for e, outcome in zip(entries, ledger.tell(entries, 0, 'data')):
-        found.setdefault(outcome, []).append(Pair(e.image, e.task))
-    return found
-
-# %% ../../nbs/89_annotate.status.ipynb #39caef4e
-def _take_again(p:Project, source, kept:tuple): # kept: images that stay as they were taken
-    then = read_plain(p.files.taken_file) if p.files.taken_file.is_file() else {}
-    old = {f'rgb/{i}' for i in kept}
-    now = {k: v for k, v in take(p, source).items() if k not in old}
-    write_json(p.files.taken_file, now | {k: v for k, v in then.items() if k in old})
-
-# %% ../../nbs/89_annotate.status.ipynb #7bd15361
-def remove(
-    folder,                 # of the project
-    images:Iterable[str],   # ids
-    undo:bool=False,        # bring them back
-)->int: # images that are removed now
-    "Take images out of the game, neither asked nor trained on; their labels stay in the ledger"
-    p = open_project(folder)
-    images = list(images)
-    unknown = [i for i in images if i not in {*p.images, *p.val}]
-    if unknown:
-        raise ValueError(f"no image {unknown[0]!r} in {p.folder}; there are {len(p.images)}, e.g. {p.images[:3]}")
-    with p.files.locked():
-        kept = tuple(i for i in p.removed if i not in images)
-        p = replace(p, removed=kept if undo else kept + tuple(dict.fromkeys(images)))
-        p.save()
-    return len(p.removed)

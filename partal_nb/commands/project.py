@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InProject', 'prepare', 'rooms', 'check', 'init', 'ask', 'tell', 'status', 'log', 'correct', 'restore', 'add',
-           'remove', 'serve', 'image_server']
+           'remove', 'relocate', 'serve', 'image_server']
 
 # %% ../../nbs/98_commands.project.ipynb #a98f0003
 from functools import partial
@@ -184,9 +184,10 @@ def log(
         from partal_nb.annotate.project import open_project
         from partal_nb.annotate.status import log_lines
         with open_project(project).ledger() as ledger:
-            found = dict(events=ledger.events(first=True), amendments=ledger.amendments())
             if backup: ledger.backup(backup)
-        show(found if as_json else '\n'.join(log_lines(project)), as_json)
+            if as_json: found = dict(events=ledger.events(first=True), amendments=ledger.amendments())
+            else: found = '\n'.join(log_lines(project))
+        show(found, as_json)
 
 # %% ../../nbs/98_commands.project.ipynb #2076eb66
 def correct(
@@ -225,7 +226,7 @@ def add(
 ):
     "Take new images, and new or changed labels beside them; exit code 1 if a file can't be used."
     with plain_errors():
-        from partal_nb.annotate.status import add
+        from partal_nb.annotate.images import add
         added = add(project, sources or (), every, edited)
         show(added, as_json)
         if added.problems: raise typer.Exit(1)
@@ -238,8 +239,20 @@ def remove(
 ):
     "Neither ask for images nor train on them any more; their labels stay in the ledger."
     with plain_errors():
-        from partal_nb.annotate.status import many, remove
+        from partal_nb.annotate.images import many, remove
         typer.echo(f"{many(remove(project, images, undo), 'image(s)')} removed")
+
+# %% ../../nbs/98_commands.project.ipynb #a645b40f
+def relocate(
+    data:Annotated[Path, typer.Argument(help="Folder of the images, as it is now.")],
+    project:InProject=Path('project'),
+):
+    "Tell a project where its images were moved; they must be the same."
+    with plain_errors():
+        from partal_nb.annotate.files import change_lines
+        from partal_nb.annotate.images import relocate
+        found = relocate(project, data)
+        typer.echo('\n'.join(change_lines(found)) or f'{data}: all images are there, as they were taken')
 
 # %% ../../nbs/98_commands.project.ipynb #4d368142
 def serve(

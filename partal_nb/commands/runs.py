@@ -67,8 +67,9 @@ def _execute_run(configs:dict[Path, RunConfig], parameters:dict, kernel:str):
 
 # %% ../../nbs/97_commands.runs.ipynb #5f5e3b66
 def _of_project(data:str, changes:dict)->tuple[str, dict]: # of a labeling project its labels, and how they are replayed
-    if not data or not (Path(data)/'project.json').is_file(): return data, changes
-    from partal_nb.annotate.project import open_project
+    if not data: return data, changes
+    from partal_nb.annotate.project import ProjectFolder, open_project
+    if not ProjectFolder(data).exists: return data, changes
     from partal_nb.annotate.replay import as_dataset, replay_settings
     p = open_project(data)
     dataset = as_dataset(p)

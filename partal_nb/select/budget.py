@@ -87,11 +87,13 @@ def _empty_basket(pool:Pool, prices:Prices, budget:float)->_Basket:
 
 # %% ../../nbs/56_select.budget.ipynb #7a2594e9
 def _picks(basket:_Basket, ranked:np.ndarray, score:np.ndarray, budget:float)->Picks:
-    if basket.left > basket.tiny and not np.isfinite(basket.prices()).any():
+    spent = budget - basket.left
+    only_free = spent <= basket.tiny and basket.new.any() # what is left costs nothing, so no budget is too large for it
+    if basket.left > basket.tiny and not only_free and not np.isfinite(basket.prices()).any():
         prices = basket.tariff.prices
         cure = 'raise the cap of labels an image, ' if prices.cap else ''
         raise ValueError(f"budget of {budget:g} {prices.unit}, but all that can be bought costs "
-                         f"{budget - basket.left:g}; ask for less, {cure}or enlarge the pool")
+                         f"{spent:g}; ask for less, {cure}or enlarge the pool")
     got = from_bits(basket.new, len(basket.tariff.label))[tuple(ranked.T)]
     return Picks(ranked[got], score[got])
 
