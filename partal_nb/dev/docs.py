@@ -26,6 +26,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 
+from .examples import first_use
+
 # %% ../../nbs/08_dev.docs.ipynb #45969261
 def table_cell(x)->str: # markdown
     "A value as it can stand in a table"
@@ -188,10 +190,11 @@ def _description(name:str, f)->str: # '' if there is none; a short method is des
 
 # %% ../../nbs/08_dev.docs.ipynb #a40ae68d
 def entry(
-    name:str, # `preset`, `Ledger.events`
-    module,   # that has it
+    name:str,   # `preset`, `Ledger.events`
+    module,     # that has it
+    use:str='', # an example of a call
 )->str: # markdown
-    "Name, source, signature, description, parameters, and the members of a class"
+    "Name, source, signature, description, parameters, the members of a class, and an example"
     thing = attrgetter(name)(module)
     f = unwrap(thing.fget if isinstance(thing, property) else thing)
     about = _description(name, f)
@@ -204,6 +207,7 @@ def entry(
     parts.append(about)
     if called: parts.append(parameters(f))
     if isclass(f): parts.append(members(f))
+    if use: parts.append(f'For example\n\n```python\n{use}\n```')
     return '\n\n'.join(filter(None, parts)) + '\n'
 
 # %% ../../nbs/08_dev.docs.ipynb #3d76fa0a
@@ -239,6 +243,9 @@ class ShowModule(Processor):
         directives = [getattr(c, 'directives_', {}) for c in nb.cells] # gone when `cell` is called
         named = [d['default_exp'][0] for d in directives if 'default_exp' in d]
         self.module = import_module(f'{get_config().lib_name}.{named[0]}') if named else None
+        no_test = {'default_exp', 'export', 'hide'}
+        code = [(c.source, d) for c, d in zip(nb.cells, directives) if c.cell_type == 'code']
+        self.tests = [text for text, d in code if not no_test & set(d) and 'show_doc(' not in text]
 
     def cell(self, cell):
         if cell.cell_type == 'markdown': cell['source'] = certain(cell.source)
@@ -246,7 +253,7 @@ class ShowModule(Processor):
         if self.module is None or not shown: return
         cell['cell_type'] = 'markdown'
         hidden = shown[1].startswith('__') # what Python calls, as a module's `__getattr__`
-        cell['source'] = '' if hidden else _linked(entry(shown[1], self.module))
+        cell['source'] = '' if hidden else _linked(entry(shown[1], self.module, first_use(shown[1], self.tests)))
         cell.pop('outputs', None)
 
 # %% ../../nbs/08_dev.docs.ipynb #ab4637ab
