@@ -157,4 +157,5 @@ def image_folder(
     "Where the images of a project lie"
     path = Path(data)
     if (path/INDEX).is_file(): raise ValueError(f"{path} is a prepared data set: prepare it again with the new images")
-    return next((path/name for name in ('rgb', 'images') if (path/name).is_dir()), path)
+    from partal_nb.data.folders import own_images
+    return own_images(path) or path

@@ -100,19 +100,20 @@ def open_images(
     encodings:dict={},      # task -> fields of `Encoding`; default: as `tasks.json` beside the images has them
 ): # a `Folder` or a `Dataset`
     "The images, and the labels that are there"
-    from partal_nb.data.folders import Folder, FolderLayout, Place, own_layout, tasks_file
+    from partal_nb.data.folders import Folder, FolderLayout, Place, own_images, own_layout, tasks_file
     from partal_nb.data.prepare import open_source
     from partal_nb.data.dataset import INDEX
     path = Path(data)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; expected images")
     if not tasks or (path/INDEX).is_file(): return _same_classes(open_source(path), tasks)
-    images = next((f'{f}/' for f in ('rgb', 'images') if (path/f).is_dir()), '')
+    images = own_images(path)
     how = {q.task.name: q.encoding for q in own_layout(path).places} if tasks_file(path) else {}
     how |= {name: Encoding(**stated) for name, stated in encodings.items()}
     places = tuple(Place(t, f'{t.name}/{{id}}', None, encoding=how.get(t.name, Encoding())) for t in tasks)
-    source = Folder(path, FolderLayout('', images + '{id}', places, ('train.txt', 'test.txt'), ''))
+    pattern = f'{images.name}/{{id}}' if images else '{id}'
+    source = Folder(path, FolderLayout('', pattern, places, ('train.txt', 'test.txt'), ''))
     if not source.ids('rgb'):
-        raise FileNotFoundError(f"{path/images}: no image in it; expected .png, .jpg or .webp files")
+        raise FileNotFoundError(f"{images or path}: no image in it; expected .png, .jpg or .webp files")
     return source
 
 # %% ../../nbs/57_annotate.plan.ipynb #ceb23bd4

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC21', 'NYU13', 'NYU_LAYOUTS', 'PASCAL_LAYOUTS', 'SAMPLE_LAYOUTS', 'FOLDER_LAYOUTS', 'TASKS', 'TASK_FILES',
-           'READABLE', 'BESIDE', 'RESAMPLE', 'Place', 'FolderLayout', 'own_place', 'tasks_file', 'own_layout', 'Folder',
-           'derived', 'read_folder']
+           'READABLE', 'BESIDE', 'RESAMPLE', 'Place', 'FolderLayout', 'own_place', 'tasks_file', 'own_images',
+           'own_layout', 'Folder', 'derived', 'read_folder']
 
 # %% ../../nbs/18_data.folders.ipynb #c0000097
 import json
@@ -159,6 +159,13 @@ def _read_tasks(file:Path)->tuple[Place, ...]:
     try: return tuple(own_place(of_files(d)) for d in _entries(file))
     except (ValueError, TypeError) as e: raise ValueError(str(e) if str(file) in str(e) else f"{file}: {e}") from e
 
+# %% ../../nbs/18_data.folders.ipynb #1e95d52b
+def own_images(
+    path, # folder
+)->Path|None: # None: there is neither
+    "The folder `rgb` or `images` in a folder of one's own"
+    return next((f for name in ('rgb', 'images') if (f := Path(path)/name).is_dir()), None)
+
 # %% ../../nbs/18_data.folders.ipynb #c000008e
 def own_layout(
     path, # folder with a file of tasks
@@ -166,9 +173,9 @@ def own_layout(
     "The layout that a file of tasks describes"
     path = Path(path)
     places = _read_tasks(tasks_file(path) or path/TASKS)
-    images = next((f for f in ('rgb', 'images') if (path/f).is_dir()), None)
+    images = own_images(path)
     if images is None: raise FileNotFoundError(f"{path}: no folder rgb/ or images/ beside its file of tasks")
-    return FolderLayout('', f'{images}/{{id}}', places, ('train.txt', 'test.txt'), '')
+    return FolderLayout('', f'{images.name}/{{id}}', places, ('train.txt', 'test.txt'), '')
 
 # %% ../../nbs/18_data.folders.ipynb #5e120e6a
 def _folders(path:Path, layout:FolderLayout, pattern:str)->list[Path]: # one, or one for each split

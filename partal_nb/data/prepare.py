@@ -31,8 +31,9 @@ from .dataset import INDEX, PLAN, SOURCE, Dataset, all_of, images_of, strangers,
 from .mat import NYU_MAT, nyuv2_mat
 from .walks import prepare_walk
 from .derive import DERIVATIONS, convention_note
+from .packed import read_table, read_tars, tar_shards, table_files
 from .folders import (
-    FOLDER_LAYOUTS, TASK_FILES, Folder, FolderLayout, own_layout, read_folder, tasks_file)
+    FOLDER_LAYOUTS, TASK_FILES, Folder, FolderLayout, own_images, own_layout, read_folder, tasks_file)
 
 # %% ../../nbs/19_data.prepare.ipynb #29cd96bc
 class Layout(NamedTuple):
@@ -58,6 +59,14 @@ LAYOUTS = dict(
         f'a folder with {INDEX}',
         lambda p: (p/INDEX).is_file() or (p/PLAN).is_file(),
         _as_it_is),
+    tars=Layout(
+        f"a folder with .tar shards and {' or '.join(TASK_FILES)}",
+        lambda p: tasks_file(p) is not None and bool(tar_shards(p)) and not own_images(p),
+        read_tars),
+    table=Layout(
+        f"a .parquet table of paths beside {' or '.join(TASK_FILES)}",
+        lambda p: p.suffix == '.parquet' and p.is_file(),
+        read_table),
     own=Layout(
         f"a folder with {' or '.join(TASK_FILES)}",
         lambda p: tasks_file(p) is not None,
@@ -105,7 +114,7 @@ def open_source(
     if layout == 'dataset': return Dataset(path, strict=False)
     if layout == 'own': return Folder(path, own_layout(path))
     if layout in FOLDER_LAYOUTS: return Folder(path, FOLDER_LAYOUTS[layout])
-    raise ValueError(f"{path}: one file can not be looked into image by image; prepare it and look into that")
+    raise ValueError(f"{path}: packed files can not be looked into image by image; prepare it and look into that")
 
 # %% ../../nbs/19_data.prepare.ipynb #f7eae46f
 def prepare(
@@ -138,7 +147,8 @@ def _source_files(source)->list[Path]: # images and labels, whether they are the
 def _stamp(path:Path, layout:str)->str: # changes with the place, the tasks, the splits and the files
     content = [str(path.resolve())]
     files = [path, *path.glob('*.mat')]
-    if layout not in ('own', 'nyuv2_mat', *FOLDER_LAYOUTS): files = [path, *path.rglob('*')]
+    if layout == 'table': files = table_files(path)
+    elif layout not in ('own', 'nyuv2_mat', *FOLDER_LAYOUTS): files = [path, *path.rglob('*')]
     elif layout != 'nyuv2_mat':
         source = open_source(path, layout)
         files = set(_source_files(source))
