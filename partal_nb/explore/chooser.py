@@ -102,10 +102,13 @@ def open_project_view(
     with p.ledger() as ledger:
         pool, test, _ = load_labels(p, ledger)
         labels = project_labels(p, ledger.events())
+        out = frozenset(pair for pair, s in ledger.state().items() if s.kind == 'asked')
     pool = replace(pool, available=np.ones_like(pool.available))
     counts = [labels[labels['round'] == r + 1].task.value_counts().to_dict() for r in range(n)]
     config = replace(p.config, price_unit=p.prices.unit)
-    return ProjectView(files, config, [dict(bought=c) for c in counts], pool, test, labels)
+    view = ProjectView(files, config, [dict(bought=c) for c in counts], pool, test, labels)
+    view.out = out
+    return view
 
 # %% ../../nbs/96_explore.chooser.ipynb #9161dc2f
 class Linked:

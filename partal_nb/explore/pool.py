@@ -17,6 +17,7 @@ import numpy as np
 import traitlets
 from PIL import Image
 
+from ..tasks import Pair
 from .plot import Plot, amount, axis_title, colored, number, packed, text_at
 from .run import RunView, kept
 from .figure import APART, GAP, LINE_HEIGHT, TOP, colorscale, plain_figure
@@ -110,6 +111,7 @@ def orders_of(run:RunView)->list[tuple[str, tuple]]: # (text, (what, column))
     "The orders that the pool can be shown in"
     found = [('as in the pool', ('', 0)), ('its labels cost most', ('cost', 0)), ('labeled last', ('round', 0))]
     found += [(f'{t.name}, most uncertain first', ('entropy', k)) for k, t in enumerate(run.tasks)]
+    if run.out: found.insert(1, ('asked, with an annotator', ('out', 0)))
     if 'project' in run.note: return found
     return found + [(f'{t.name}, most wrong first', ('error', k)) for k, t in enumerate(run.tasks)]
 
@@ -117,12 +119,15 @@ def orders_of(run:RunView)->list[tuple[str, tuple]]: # (text, (what, column))
 def image_values(
     run:RunView,
     r:int,       # the round
-    what:str,    # of `orders_of`: `cost`, `round`, `entropy`, `error`; empty: none
+    what:str,    # of `orders_of`: `cost`, `round`, `out`, `entropy`, `error`; empty: none
     k:int,       # column
 )->np.ndarray: # (N,), NaN where there is none
     "What images are sorted and colored by"
     if not what: return np.full(len(run.pool), np.nan)
     if what == 'cost': return np.nansum(run.costs(), 1)
+    if what == 'out':
+        asked = np.array([sum(Pair(i, name) in run.out for name in run.names) for i in run.pool.images], float)
+        return np.where(asked, asked, np.nan)
     if what == 'round':
         last = run.since().max(1).astype(float)
         return np.where(last < 0, np.nan, last)
@@ -166,7 +171,9 @@ def badges(
     found = []
     for name, at in zip(run.names, since):
         at = int(at) if at <= r else -1
-        found.append(dict(task=name, color=colors.colors[at + 1], state=colors.names[at + 1]))
+        asked = at < 0 and Pair(run.pool.images[image], name) in run.out
+        color, state = (MARK, 'asked, with an annotator') if asked else (colors.colors[at + 1], colors.names[at + 1])
+        found.append(dict(task=name, color=color, state=state))
     return found
 
 # %% ../../nbs/92_explore.pool.ipynb #7482009e

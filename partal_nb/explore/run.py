@@ -318,6 +318,7 @@ def value_span(
 # %% ../../nbs/90_explore.run.ipynb #c0000226
 class RunView(RunScores):
     "A run opened for viewing: all of the above, and the scales that make its maps comparable"
+    out:frozenset = frozenset() # pairs that are with an annotator, in a labeling project
     @kept(8)
     def entropy_spans(self, estimator:str)->dict: # task -> (lowest, highest), nats
         "The color scale of each task's entropy maps"
