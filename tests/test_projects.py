@@ -1,7 +1,9 @@
 "What may happen to a project: disks that can't do WAL or may not be written to, hostile files, SIGKILL at any moment"
 import io
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from partal_nb.annotate.plan import TASKS_FILE, read_tasks
 from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
@@ -25,6 +28,7 @@ from partal_nb.annotate.status import add, log_lines, status
 from partal_nb.core import write_atomic
 from partal_nb.data.labels import encode_label, png_bytes
 from partal_nb.data.rooms import ROOM_TASKS, render_room
+from partal_nb.data.entries import ENTRY_KEYS
 from partal_nb.runs.ledger import Ledger, replay
 from partal_nb.tasks import Pair
 
@@ -54,6 +58,55 @@ def labels(folder, images):
     return folder
 
 def counts(imported): return {k: len(v) for k, v in imported.took.items()}
+
+# The file of tasks
+
+PLAN = Path(__file__).parents[1]/'nbs/57_annotate.plan.ipynb'
+HEAT = dict(name='heat', form='values', channels=1, loss='l1', metric='rmse')
+OLD = {k: v for k, v in HEAT.items() if k != 'form'}
+STATED = dict( # key of a task -> an entry that states it, and a value that is wrong
+    name=(dict(name='depth'), 3), classes=(dict(name='semseg', classes=['wall', 'floor']), 'wall'),
+    cost=(dict(name='depth', cost=2.5), '2'), free_with=(dict(name='normals', free_with='edges'), 'sensor'),
+    format=(dict(name='depth', format='npy'), 3), weight=(dict(name='depth', weight=2), 0), form=(HEAT, 'value'),
+    kind=(dict(OLD, kind='regression'), 3), channels=(HEAT, 0), loss=(HEAT, 'cross_entropy'), metric=(HEAT, 'miou'),
+    unit=(dict(HEAT, unit='K'), 3), ignore=(dict(HEAT, ignore=-1), 'none'), cmap=(dict(HEAT, cmap='magma'), 'jett'),
+    scale=(dict(name='depth', scale=.5), 0), offset=(dict(name='depth', offset=1), '1'),
+    void=(dict(name='depth', void=[0, 'inf']), 'none'), inverse=(dict(name='depth', inverse=True), 1),
+    first_class=(dict(name='semseg', classes=['wall', 'floor'], first_class=1), 2),
+    yes=(dict(name='saliency', yes=255), 0), convention=(dict(name='normals', convention=['y_down']), 'up'))
+OF_FILE = dict(unit=('CHF', ''), per_hour=(30, -1), open=(2.5, '2'), cap=(3, 1.5), tasks=([HEAT], 3))
+
+def rows(): # of the notebook's table: keys, of what, what is taken where they are left out
+    cells = json.loads(PLAN.read_text('utf-8'))['cells']
+    text = next(''.join(c['source']) for c in cells if '| key | of what |' in ''.join(c['source']))
+    split = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| `')]
+    return [(re.findall('`(.+?)`', keys), of, default) for keys, of, _, default in split]
+
+def test_the_table_of_a_file_of_tasks_has_all_that_it_takes():
+    of_file = {k: default for keys, of, default in rows() if of == 'the file' for k in keys}
+    of_task = [k for keys, of, _ in rows() if of != 'the file' for k in keys]
+    assert sorted(of_task) == sorted([*ENTRY_KEYS, 'kind']) == sorted(STATED)
+    assert set(of_file) == set(TASKS_FILE) == set(OF_FILE)
+    for k in set(TASKS_FILE) - {'tasks'}: assert of_file[k].strip('`').startswith(f'{TASKS_FILE[k]}'.removesuffix('.0'))
+
+def read(path, content):
+    (path/'tasks.json').write_text(json.dumps(content))
+    return read_tasks(path/'tasks.json')
+
+@pytest.mark.parametrize('key', STATED)
+def test_a_key_of_a_task(key, tmp_path):
+    entry, wrong = STATED[key]
+    assert read(tmp_path, [dict(name='edges'), entry])['tasks'][1].name == entry['name']
+    with pytest.raises(ValueError) as e: read(tmp_path, [dict(name='edges'), entry | {key: wrong}])
+    assert all(text in str(e.value) for text in (str(tmp_path/'tasks.json'), key, repr(wrong))), e.value
+
+@pytest.mark.parametrize('key', OF_FILE)
+def test_a_key_of_the_file(key, tmp_path):
+    good, wrong = OF_FILE[key]
+    found = read(tmp_path, dict(tasks=[HEAT]) | {key: good})
+    assert (found | vars(found['prices']))[key] == good or key == 'tasks'
+    with pytest.raises(ValueError) as e: read(tmp_path, dict(tasks=[HEAT]) | {key: wrong})
+    assert all(text in str(e.value) for text in (str(tmp_path/'tasks.json'), key)), e.value
 
 # Disks
 
