@@ -232,6 +232,23 @@ def test_a_form_that_can_not_be_read_keeps_its_labels_waiting(project, tmp_path)
     write_atomic(back/'depth/answers.csv', 'image\tminutes\nroom0\t3,5\n'.encode('utf-16'))
     assert counts(tell(project.folder, 1, back)) == dict(told=6)
 
+def test_leftovers_are_cleared_by_the_next_import(project, tmp_path, monkeypatch):
+    "Of the project's own file, of a batch and of a label; what somebody may be writing right now stays"
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): project.save()
+    torn, = project.folder.glob('.project.json.*.part')
+    write_atomic(project.folder/'batches/.002.part/depth/README.txt', b'torn')
+    write_atomic(project.folder/'labels/depth/.room0-1.png.host-1.part', b'torn')
+    left = [torn, project.folder/'batches/.002.part', project.folder/'labels/depth/.room0-1.png.host-1.part']
+    for f in left: os.utime(f, (0, 0))
+    now = project.folder/'.files.json.host-2.part'
+    write_atomic(now, b'half')
+    assert status(project.folder).batches == 1 and not ask(project.folder, budget=6, progress=False).new
+    tell(project.folder, 1, labels(tmp_path/'back', asked(project)[:1]))
+    assert now.is_file() and not any(f.exists() for f in left)
+    assert not status(project.folder).notes
+
 def test_told_again_with_other_minutes(project, tmp_path):
     "Minutes that come later are taken, and an old form does not bring back what was corrected"
     image = asked(project)[0]
