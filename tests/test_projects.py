@@ -18,18 +18,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from partal_nb.annotate.plan import TASKS_FILE, read_tasks
 from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
 from partal_nb.annotate.tell import clear_leftovers, correct, restore, tell
+from partal_nb.annotate.replay import PURCHASES
 from partal_nb.annotate.status import add, log_lines, status
+from partal_nb.cli import app
 from partal_nb.core import write_atomic
 from partal_nb.data.labels import encode_label, png_bytes
 from partal_nb.data.rooms import ROOM_TASKS, render_room
 from partal_nb.data.entries import ENTRY_KEYS
-from partal_nb.runs.ledger import Ledger, replay
+from partal_nb.runs.folder import load_run
+from partal_nb.runs.ledger import Ledger, read_labeled, replay
+from partal_nb.runs.loop import run
 from partal_nb.tasks import Pair
 
 H, W = 16, 24
@@ -107,6 +112,40 @@ def test_a_key_of_the_file(key, tmp_path):
     assert (found | vars(found['prices']))[key] == good or key == 'tasks'
     with pytest.raises(ValueError) as e: read(tmp_path, dict(tasks=[HEAT]) | {key: wrong})
     assert all(text in str(e.value) for text in (str(tmp_path/'tasks.json'), key)), e.value
+
+# From a project to a run and back, by the commands
+
+SHORT = [x for setting in ('encoder=test_efficientnet', 'features=8', 'train_by=steps', 'train_for=4', 'passes=3',
+                           'device=cpu') for x in ('--set', setting)]
+
+def called(*args):
+    r = CliRunner().invoke(app, [str(a) for a in args])
+    assert r.exit_code == 0, r.output
+    return r.stdout
+
+def without_notebook(configs, parameters, kernel): # the runs that `partal run` shows in one
+    for out, config in configs.items(): run(config, out, progress=False)
+
+def test_a_project_is_replayed_and_a_run_starts_a_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('partal_nb.commands.runs._execute_run', without_notebook)
+    for i, r in ROOMS.items():
+        write_atomic(tmp_path/f'photos/{i}.png', png_bytes(r['rgb']))
+        write_atomic(tmp_path/f'photos/depth/{i}.png', encode_label(r['depth'], DEPTH))
+    (tmp_path/'tasks.toml').write_text('[[tasks]]\nname = "depth"\ncost = 2\n')
+    size = '--set', 'height=32', '--set', 'width=48', '--set', 'pretrained=false'
+    given = 'init', 'photos', '--tasks', 'tasks.toml', *size, *SHORT
+    assert 'labels already: 8 depth' in called(*given, '--project', 'project')
+    assert called('run', '--data', 'project', '--out', 'replay').splitlines()[-1] == 'replay'
+    replayed = load_run('replay')
+    assert replayed.config.encoder == 'test_efficientnet' and len(replayed.journal()) == 1 + PURCHASES
+    bought = set(read_labeled(tmp_path/'replay/ledger.db'))
+    assert 0 < len(bought) < 8 and {pair.task for pair in bought} == {'depth'}
+    assert f'labels already: {len(bought)} depth' in called(*given, '--project', 'next', '--labels-from', 'replay')
+    with open_project('next').ledger() as ledger: assert set(ledger.labels()) == bought
+    (tmp_path/'photos/depth'/f'{next(iter(bought)).image}.png').unlink()
+    r = CliRunner().invoke(app, [*given, '--project', 'other', '--labels-from', 'replay'])
+    assert r.exit_code == 2 and 'labels that it bought' in r.stderr and not (tmp_path/'other').exists()
 
 # Disks
 
