@@ -22,7 +22,8 @@ from partal_nb.data.folders import Folder, own_layout
 from partal_nb.data.labels import encode_label, image_size, png_bytes, read_label, read_rgb, voc_colors
 from partal_nb.data.prepare import check, open_source, prepare
 from partal_nb.data.rooms import render_room
-from partal_nb.tasks import Pair, split_entry, standard_task
+from partal_nb.data.entries import split_entry
+from partal_nb.tasks import Pair, standard_task
 
 H, W = 8, 12
 TINY = dict(height=32, width=48, features=8, encoder='test_efficientnet', pretrained=False, train_by='steps',

@@ -11,7 +11,7 @@ from partal_nb.annotate.query import legend
 from partal_nb.core import write_atomic, write_json
 from partal_nb.data.folders import Folder, own_layout
 from partal_nb.data.labels import image_size, png_bytes, read_rgb, voc_colors
-from partal_nb.tasks import own_task, split_entry
+from partal_nb.data.entries import own_task, split_entry
 
 N, SIZE = 300, (6, 9)
 

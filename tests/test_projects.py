@@ -1,7 +1,9 @@
 "What may happen to a project: disks that can't do WAL or may not be written to, hostile files, SIGKILL at any moment"
 import io
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -16,17 +18,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from partal_nb.annotate.plan import TASKS_FILE, read_tasks
 from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
 from partal_nb.annotate.tell import clear_leftovers, correct, restore, tell
 from partal_nb.annotate.images import add
+from partal_nb.annotate.replay import PURCHASES
 from partal_nb.annotate.status import log_lines, status
+from partal_nb.cli import app
 from partal_nb.core import write_atomic
 from partal_nb.data.labels import encode_label, png_bytes
 from partal_nb.data.rooms import ROOM_TASKS, render_room
-from partal_nb.runs.ledger import Ledger, replay
+from partal_nb.data.entries import ENTRY_KEYS
+from partal_nb.runs.folder import load_run
+from partal_nb.runs.ledger import Ledger, read_labeled, replay
+from partal_nb.runs.loop import run
 from partal_nb.tasks import Pair
 
 H, W = 16, 24
@@ -55,6 +64,89 @@ def labels(folder, images):
     return folder
 
 def counts(imported): return {k: len(v) for k, v in imported.took.items()}
+
+# The file of tasks
+
+PLAN = Path(__file__).parents[1]/'nbs/57_annotate.plan.ipynb'
+HEAT = dict(name='heat', form='values', channels=1, loss='l1', metric='rmse')
+OLD = {k: v for k, v in HEAT.items() if k != 'form'}
+STATED = dict( # key of a task -> an entry that states it, and a value that is wrong
+    name=(dict(name='depth'), 3), classes=(dict(name='semseg', classes=['wall', 'floor']), 'wall'),
+    cost=(dict(name='depth', cost=2.5), '2'), free_with=(dict(name='normals', free_with='edges'), 'sensor'),
+    format=(dict(name='depth', format='npy'), 3), weight=(dict(name='depth', weight=2), 0), form=(HEAT, 'value'),
+    kind=(dict(OLD, kind='regression'), 3), channels=(HEAT, 0), loss=(HEAT, 'cross_entropy'), metric=(HEAT, 'miou'),
+    unit=(dict(HEAT, unit='K'), 3), ignore=(dict(HEAT, ignore=-1), 'none'), cmap=(dict(HEAT, cmap='magma'), 'jett'),
+    scale=(dict(name='depth', scale=.5), 0), offset=(dict(name='depth', offset=1), '1'),
+    void=(dict(name='depth', void=[0, 'inf']), 'none'), inverse=(dict(name='depth', inverse=True), 1),
+    first_class=(dict(name='semseg', classes=['wall', 'floor'], first_class=1), 2),
+    yes=(dict(name='saliency', yes=255), 0), convention=(dict(name='normals', convention=['y_down']), 'up'))
+OF_FILE = dict(unit=('CHF', ''), per_hour=(30, -1), open=(2.5, '2'), cap=(3, 1.5), tasks=([HEAT], 3))
+
+def rows(): # of the notebook's table: keys, of what, what is taken where they are left out
+    cells = json.loads(PLAN.read_text('utf-8'))['cells']
+    text = next(''.join(c['source']) for c in cells if '| key | of what |' in ''.join(c['source']))
+    split = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| `')]
+    return [(re.findall('`(.+?)`', keys), of, default) for keys, of, _, default in split]
+
+def test_the_table_of_a_file_of_tasks_has_all_that_it_takes():
+    of_file = {k: default for keys, of, default in rows() if of == 'the file' for k in keys}
+    of_task = [k for keys, of, _ in rows() if of != 'the file' for k in keys]
+    assert sorted(of_task) == sorted([*ENTRY_KEYS, 'kind']) == sorted(STATED)
+    assert set(of_file) == set(TASKS_FILE) == set(OF_FILE)
+    for k in set(TASKS_FILE) - {'tasks'}: assert of_file[k].strip('`').startswith(f'{TASKS_FILE[k]}'.removesuffix('.0'))
+
+def read(path, content):
+    (path/'tasks.json').write_text(json.dumps(content))
+    return read_tasks(path/'tasks.json')
+
+@pytest.mark.parametrize('key', STATED)
+def test_a_key_of_a_task(key, tmp_path):
+    entry, wrong = STATED[key]
+    assert read(tmp_path, [dict(name='edges'), entry])['tasks'][1].name == entry['name']
+    with pytest.raises(ValueError) as e: read(tmp_path, [dict(name='edges'), entry | {key: wrong}])
+    assert all(text in str(e.value) for text in (str(tmp_path/'tasks.json'), key, repr(wrong))), e.value
+
+@pytest.mark.parametrize('key', OF_FILE)
+def test_a_key_of_the_file(key, tmp_path):
+    good, wrong = OF_FILE[key]
+    found = read(tmp_path, dict(tasks=[HEAT]) | {key: good})
+    assert (found | vars(found['prices']))[key] == good or key == 'tasks'
+    with pytest.raises(ValueError) as e: read(tmp_path, dict(tasks=[HEAT]) | {key: wrong})
+    assert all(text in str(e.value) for text in (str(tmp_path/'tasks.json'), key)), e.value
+
+# From a project to a run and back, by the commands
+
+SHORT = [x for setting in ('encoder=test_efficientnet', 'features=8', 'train_by=steps', 'train_for=4', 'passes=3',
+                           'device=cpu') for x in ('--set', setting)]
+
+def called(*args):
+    r = CliRunner().invoke(app, [str(a) for a in args])
+    assert r.exit_code == 0, r.output
+    return r.stdout
+
+def without_notebook(configs, parameters, kernel): # the runs that `partal run` shows in one
+    for out, config in configs.items(): run(config, out, progress=False)
+
+def test_a_project_is_replayed_and_a_run_starts_a_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('partal_nb.commands.runs._execute_run', without_notebook)
+    for i, r in ROOMS.items():
+        write_atomic(tmp_path/f'photos/{i}.png', png_bytes(r['rgb']))
+        write_atomic(tmp_path/f'photos/depth/{i}.png', encode_label(r['depth'], DEPTH))
+    (tmp_path/'tasks.toml').write_text('[[tasks]]\nname = "depth"\ncost = 2\n')
+    size = '--set', 'height=32', '--set', 'width=48', '--set', 'pretrained=false'
+    given = 'init', 'photos', '--tasks', 'tasks.toml', *size, *SHORT
+    assert 'labels already: 8 depth' in called(*given, '--project', 'project')
+    assert called('run', '--data', 'project', '--out', 'replay').splitlines()[-1] == 'replay'
+    replayed = load_run('replay')
+    assert replayed.config.encoder == 'test_efficientnet' and len(replayed.journal()) == 1 + PURCHASES
+    bought = set(read_labeled(tmp_path/'replay/ledger.db'))
+    assert 0 < len(bought) < 8 and {pair.task for pair in bought} == {'depth'}
+    assert f'labels already: {len(bought)} depth' in called(*given, '--project', 'next', '--labels-from', 'replay')
+    with open_project('next').ledger() as ledger: assert set(ledger.labels()) == bought
+    (tmp_path/'photos/depth'/f'{next(iter(bought)).image}.png').unlink()
+    r = CliRunner().invoke(app, [*given, '--project', 'other', '--labels-from', 'replay'])
+    assert r.exit_code == 2 and 'labels that it bought' in r.stderr and not (tmp_path/'other').exists()
 
 # Disks
 
@@ -179,6 +271,23 @@ def test_a_form_that_can_not_be_read_keeps_its_labels_waiting(project, tmp_path)
     assert not imported.took and 'Its 6 labels wait for it' in imported.refused[0][1]
     write_atomic(back/'depth/answers.csv', 'image\tminutes\nroom0\t3,5\n'.encode('utf-16'))
     assert counts(tell(project.folder, 1, back)) == dict(told=6)
+
+def test_leftovers_are_cleared_by_the_next_import(project, tmp_path, monkeypatch):
+    "Of the project's own file, of a batch and of a label; what somebody may be writing right now stays"
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): project.save()
+    torn, = project.folder.glob('.project.json.*.part')
+    write_atomic(project.folder/'batches/.002.part/depth/README.txt', b'torn')
+    write_atomic(project.folder/'labels/depth/.room0-1.png.host-1.part', b'torn')
+    left = [torn, project.folder/'batches/.002.part', project.folder/'labels/depth/.room0-1.png.host-1.part']
+    for f in left: os.utime(f, (0, 0))
+    now = project.folder/'.files.json.host-2.part'
+    write_atomic(now, b'half')
+    assert status(project.folder).batches == 1 and not ask(project.folder, budget=6, progress=False).new
+    tell(project.folder, 1, labels(tmp_path/'back', asked(project)[:1]))
+    assert now.is_file() and not any(f.exists() for f in left)
+    assert not status(project.folder).notes
 
 def test_told_again_with_other_minutes(project, tmp_path):
     "Minutes that come later are taken, and an old form does not bring back what was corrected"

@@ -16,7 +16,8 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 
 from ..core import add_entry, inside, write_atomic
-from ..tasks import Encoding, Task, make_encoding, split_entry
+from ..tasks import Encoding, Task, make_encoding
+from ..data.entries import split_entry
 from ..data.labels import LABEL_FILES, decode_label
 from .query import QUERY_FILES, Answer, Query, known_image, legend, write_common
 from .submission import (

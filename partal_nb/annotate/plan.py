@@ -17,8 +17,9 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from ..core import derive_seed
-from ..tasks import Encoding, Task, make_encoding, own_task, split_entry
+from ..core import check_from_0, derive_seed
+from ..tasks import STANDARD_TASKS, Encoding, Task, make_encoding
+from ..data.entries import PROJECT_KEYS, own_task, split_entry
 from ..config import RunConfig, config_from_dict
 from ..data.dataset import has_label
 from ..pool import Context, Picks, Pool, Scores
@@ -64,16 +65,30 @@ def _lists_tasks(content)->bool:
 
 # %% ../../nbs/57_annotate.plan.ipynb #343f6725
 def _plan(content:dict)->dict: # of a file of tasks
-    extra = 'free_with', 'format'
     found = content['tasks']
-    def without_extra(t): return {k: v for k, v in t.items() if k not in extra}
-    tasks = tuple(own_task(without_extra(t)) for t in found)
+    for t in found: _check_extra(t)
+    tasks = tuple(map(own_task, found))
+    names = [t.name for t in tasks]
+    twice = next((name for name in names if names.count(name) > 1), '')
+    if twice: raise ValueError(f"task {twice!r} is listed {names.count(twice)} times; leave one")
     free_with = {t['name']: t['free_with'] for t in found if 'free_with' in t}
     formats = {t['name']: t['format'] for t in found if 'format' in t}
     stated = {t['name']: split_entry(t)[1] for t in found}
     for t in tasks: make_encoding(t, stated[t.name]) # refuses what does not fit
     encodings = {name: how for name, how in stated.items() if how}
     return dict(priced(tasks, free_with, content), formats=formats, encodings=encodings)
+
+# %% ../../nbs/57_annotate.plan.ipynb #e13c07e9
+def _check_extra(t:dict): # what a project alone reads of a task; what the whole file has is not the task's
+    name = t['name']
+    standard = {'semseg': {}, **STANDARD_TASKS}
+    misplaced = sorted(set(t) & set(TASKS_FILE) - {'unit'})
+    if 'unit' in t and str(name) in standard and t['unit'] != standard[name].get('unit', ''): misplaced.append('unit')
+    if misplaced:
+        raise ValueError(f"task {name!r}: {misplaced} belong to the whole file; in TOML write them above the first "
+                         "[[tasks]]")
+    for k in PROJECT_KEYS:
+        if not isinstance(t.get(k, ''), str): raise ValueError(f"task {name!r}: {k} {t[k]!r}, expected text")
 
 # %% ../../nbs/57_annotate.plan.ipynb #1c26f0d0
 def priced(
@@ -82,8 +97,12 @@ def priced(
     content:dict=TASKS_FILE,     # `unit`, `per_hour`, `open`, `cap`
 )->dict: # tasks, prices, per_hour
     "Tasks and what their labels cost"
+    for k in ('per_hour', 'open'): check_from_0(k, content[k])
+    unit = content['unit']
+    if not isinstance(unit, str) or not unit.strip():
+        raise ValueError(f'unit {unit!r}, expected text: what prices are in, e.g. "CHF"')
     label = {t.name: float(t.cost) for t in tasks}
-    prices = Prices(label, free_with, float(content['open']), content['cap'], content['unit'])
+    prices = Prices(label, free_with, float(content['open']), content['cap'], unit)
     return dict(tasks=tasks, prices=prices, per_hour=float(content['per_hour']))
 
 # %% ../../nbs/57_annotate.plan.ipynb #e898a7ff

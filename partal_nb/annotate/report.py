@@ -24,7 +24,7 @@ from ..reports.read import RunRecord, metric_unit
 from .project import Project, open_project
 from .ask import LEAST_LABELS, project_acquisition, read_batch
 from .status import Status, status
-from .tell import amount
+from .tell import amount, many
 
 # %% ../../nbs/89a_annotate.report.ipynb #21094d24
 def asked_table(
@@ -68,7 +68,8 @@ def asked_parts(
     "What was asked and why"
     if asked.empty: return [Part('What was asked, and why', 'Nothing yet: `partal ask` makes the first batch.')]
     last = asked[asked.batch == asked.batch.max()].drop(columns='batch').reset_index(drop=True)
-    text = (f'{len(asked)} pairs in {asked.batch.nunique()} batches. The table is the last batch, as it '
+    counts = f"{many(len(asked), 'pair(s)')} in {many(asked.batch.nunique(), 'batch(es)')}"
+    text = (f'{counts}. The table is the last batch, as it '
             'was ranked; the data are all batches.')
     figure = spending([project_record(p, asked)])
     figure.update_xaxes(title_text='batch').update_yaxes(title_text='pairs asked')
@@ -159,7 +160,8 @@ def standing_part(
 )->Part:
     "Where the project stands"
     out = int(s.tasks.out.sum())
-    text = (f"Spent: {amount(s.tasks.spent.sum())} {s.unit} in {s.batches} batches; {out} pairs are out. "
+    text = (f"Spent: {amount(s.tasks.spent.sum())} {s.unit} in {many(s.batches, 'batch(es)')}; "
+            f"{many(out, 'pair(s)')} {'is' if out == 1 else 'are'} out. "
             f"Next: {s.forecast}. {' '.join(f'{note}.' for note in s.notes)}")
     return Part('Where it stands', text.strip(), table=s.tasks.rename_axis('task').reset_index())
 

@@ -101,7 +101,7 @@ def clear_leftovers(
     known = {p.label_file(e.image, e.task, e.sha256) for e in ledger.events().itertuples() if e.sha256}
     labels = [f for f in kept_files(p) if f not in known]
     parts = 'labels', 'batches', 'cache', 'rounds', 'backups'
-    torn = [f for part in parts for f in p.folder.glob(f'{part}/**/.*.part')]
+    torn = [*p.folder.glob('.*.part'), *[f for part in parts for f in p.folder.glob(f'{part}/**/.*.part')]]
     gone = [f for f in (*labels, *torn) if f.stat().st_mtime < old]
     for f in gone: shutil.rmtree(f) if f.is_dir() else f.unlink()
     return len(gone)

@@ -18,7 +18,8 @@ from typing import Callable, Iterable
 import numpy as np
 
 from ..core import inside, same_image
-from ..tasks import Encoding, Task, make_encoding, own_task, semseg_task, split_entry, standard_task
+from ..tasks import Encoding, Task, make_encoding, semseg_task, standard_task
+from .entries import own_task, split_entry
 from .labels import (
     OWN_SIZE, check_label, decode_label, image_size, read_rgb, wrong_size)
 from .dataset import SUFFIXES, Dataset, all_of, images_of, strangers, write_dataset
@@ -143,8 +144,7 @@ def tasks_file(
 # %% ../../nbs/18_data.folders.ipynb #ad64b33f
 def _entries(file:Path)->list[dict]: # of tasks
     is_toml = file.suffix == '.toml'
-    try: import tomllib
-    except ModuleNotFoundError: import tomli as tomllib # Python 3.10
+    import tomllib
     try: content = tomllib.loads(file.read_text('utf-8-sig')) if is_toml else json.loads(file.read_bytes())
     except ValueError as e: raise ValueError(f"{file}: not {'TOML' if is_toml else 'JSON'}: {e}") from e
     entries = content.get('tasks') if isinstance(content, dict) else content # beside them: prices of a project
@@ -155,8 +155,7 @@ def _entries(file:Path)->list[dict]: # of tasks
 
 # %% ../../nbs/18_data.folders.ipynb #7883fd14
 def _read_tasks(file:Path)->tuple[Place, ...]:
-    def of_files(d): return {k: v for k, v in d.items() if k not in ('free_with', 'format')}
-    try: return tuple(own_place(of_files(d)) for d in _entries(file))
+    try: return tuple(map(own_place, _entries(file)))
     except (ValueError, TypeError) as e: raise ValueError(str(e) if str(file) in str(e) else f"{file}: {e}") from e
 
 # %% ../../nbs/18_data.folders.ipynb #1e95d52b

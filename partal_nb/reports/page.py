@@ -349,15 +349,15 @@ def made_by(
     return f'<li>{html.escape(what)}{command}</li>'
 
 # %% ../../nbs/73_reports.page.ipynb #9bf5d374
-STYLE = """body{font:16px/1.5 sans-serif;max-width:1240px;margin:1.5em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}p{max-width:75ch}
-table{border-collapse:collapse;font-size:.85em}
-td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-.wide{overflow-x:auto}
+STYLE = """:root{color-scheme:light dark;--ink:#222;--paper:#fff;--line:#ddd;--box:#f3f3f3;--link:#00c}
+@media(prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#121212;--line:#3a3a3a;--box:#262626;--link:#8ab4f8}
+.figure{filter:invert(.93) hue-rotate(180deg)}}
+body{font:16px/1.5 sans-serif;max-width:1240px;margin:1.5em auto;padding:0 1em;color:var(--ink);background:var(--paper)}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}p{max-width:75ch}table{border-collapse:collapse;font-size:.85em}
+td,th{padding:.25em .7em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}.wide{overflow-x:auto}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:.5em}
-.figure{min-width:0;height:400px}
-a.data{font-size:.85em;margin-right:1em}code{font-size:.8em;background:#f3f3f3;overflow-wrap:anywhere}
-li{margin:.4em 0}"""
+.figure{min-width:0;height:400px}a{color:var(--link)}a.data{font-size:.85em;margin-right:1em}
+code{font-size:.8em;background:var(--box);overflow-wrap:anywhere}li{margin:.4em 0}"""
 
 # %% ../../nbs/73_reports.page.ipynb #396ad4fd
 def page_html(
