@@ -23,9 +23,9 @@ from partal_nb.runs.checks import code_version
 from partal_nb.tasks import standard_task
 from partal_nb.training.augment import AUGMENTS, augment
 from partal_nb.training.evaluate import image_error
-from partal_nb.training.hooks import image_losses, move_average, ranking_loss
+from partal_nb.training.hooks import image_losses, move_average, predicted_labels, ranking_loss
 from partal_nb.training.trainer import DevicePool, pick_injected, training_loss
-from partal_nb.uncertainty.maps import QUANTITIES, entropy_maps
+from partal_nb.uncertainty.maps import QUANTITIES, _load, entropy_maps
 from partal_nb.uncertainty.passes import ESTIMATORS
 
 ROOT = Path(__file__).parents[1]
@@ -133,11 +133,14 @@ def test_augmentation_stays_on_the_card(name):
             with Watched() as seen: x, moved = augment(rgb, labels, FIVE, name, seed)
             assert devices(x, *moved.values()) == {'cuda'} and not seen.blocking
 
-def test_a_pool_on_the_card_and_averaged_weights():
+def stored():
+    "A pool of six images"
     size = lambda t: np.ones((6, 64, 64, t.label_channels), t.form.cached)
-    arrays = Arrays(tuple('abcdef'), FIVE, np.zeros((6, 64, 64, 3), np.uint8), {t.name: size(t) for t in FIVE},
-                    np.ones((6, 5), bool))
-    net = network()
+    return Arrays(tuple('abcdef'), FIVE, np.zeros((6, 64, 64, 3), np.uint8), {t.name: size(t) for t in FIVE},
+                  np.ones((6, 5), bool))
+
+def test_a_pool_on_the_card_and_averaged_weights():
+    arrays, net = stored(), network()
     with fake():
         pool = DevicePool(arrays, np.array([1, 3, 5]), CUDA)
         with Watched() as seen: rgb, labels = pool.batch(np.array([5, 1]), np.ones((2, 5), bool))
@@ -156,6 +159,17 @@ def test_scoring_does_not_wait(name, measure):
         x, labels = batch()
         maps = entropy_maps(models, x, 3, labels, name, measure)
         assert devices(*maps.values()) == {'cuda'} and {m.dtype for m in maps.values()} == {torch.float32}
+
+def test_what_is_scored_goes_to_the_card_without_a_wait():
+    "Images, and the labels that are injected; the same where a network makes pseudo-labels"
+    arrays, net = stored(), network()
+    with fake():
+        net.to(CUDA)
+        with Watched() as seen:
+            at, x, inject = _load(arrays, np.array([2, 4]), arrays.available[[2, 4]], CUDA)
+            predicted_labels(net, arrays, np.arange(6), arrays.available, 2)
+        assert not seen.blocking
+        assert devices(x, *inject.values()) == {'cuda'} and at.tolist() == [2, 4] and x.shape == (2, 3, 64, 64)
 
 METERED = [*FIVE, standard_task('parts'), standard_task('saliency', metric='maxf_of_means')]
 

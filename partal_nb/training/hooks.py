@@ -278,7 +278,8 @@ def predicted_labels(
         device = next(model.parameters()).device
         rgb, labels = arrays.batch(at, labeled[at])
         inject = {k: to_device(v, device) for k, v in labels.items()}
-        with arithmetic(model): final = model.eval()(unit_rgb(rgb, device), inject).final
+        x = unit_rgb(to_device(rgb, device))
+        with arithmetic(model): final = model.eval()(x, inject).final
         for t in arrays.tasks:
             y = label_of(t, final[t.name])
             maps[t.name] += y.cpu().unbind()

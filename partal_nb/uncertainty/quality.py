@@ -15,6 +15,7 @@ from ..core import derive_seed, set_seed
 from ..tasks import Task
 from ..data.arrays import Arrays, unit_rgb
 from ..model.padnet import PADNet
+from ..training.augment import to_device
 from .passes import first_network
 from .maps import entropy_maps
 
@@ -74,7 +75,7 @@ def _batch_quality(
     maps = entropy_maps(models, x, T, None, estimator, quantity)
     found = {}
     for t in tasks:
-        y = labels[t.name].to(x.device)
+        y = to_device(labels[t.name], x.device)
         size = y.shape[-2:]
         error = pixel_error(t, t.form.activate(_enlarged(final[t.name], size)), y)
         uncertainty = _enlarged(maps[t.name][:, None], size)[:, 0]
@@ -98,7 +99,7 @@ def uncertainty_quality(
     parts = []
     for i in range(0, len(arrays), batch_size):
         rgb, labels = arrays.batch(np.arange(i, min(i + batch_size, len(arrays))))
-        x = unit_rgb(rgb, device, channels_last=True)
+        x = unit_rgb(to_device(rgb, device), channels_last=True)
         parts.append(_batch_quality(models, x, labels, arrays.tasks, derive_seed(seed, i), how))
     found = {}
     for t in arrays.tasks:
