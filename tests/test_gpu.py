@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +14,25 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import partal_nb
+from partal_nb.annotate.ask import _query, expected_minutes
 from partal_nb.config import RunConfig
 from partal_nb.data.arrays import Arrays, unit_rgb
 from partal_nb.dev.network_speed import NYU
+from partal_nb.explore.run import network_output
 from partal_nb.losses import total_loss
 from partal_nb.metrics import meter
 from partal_nb.model.padnet import make_model
 from partal_nb.runs.checks import code_version
+from partal_nb.runs.pictures import prediction_tiles
 from partal_nb.tasks import standard_task
 from partal_nb.training.augment import AUGMENTS, augment
 from partal_nb.training.evaluate import image_error
 from partal_nb.training.hooks import image_losses, move_average, predicted_labels, ranking_loss
 from partal_nb.training.trainer import DevicePool, pick_injected, training_loss
+from partal_nb.uncertainty.acquisition import Acquisition
 from partal_nb.uncertainty.maps import QUANTITIES, _load, entropy_maps
 from partal_nb.uncertainty.passes import ESTIMATORS
+from partal_nb.uncertainty.quality import uncertainty_quality
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device('cuda')
@@ -170,6 +176,25 @@ def test_what_is_scored_goes_to_the_card_without_a_wait():
             predicted_labels(net, arrays, np.arange(6), arrays.available, 2)
         assert not seen.blocking
         assert devices(x, *inject.values()) == {'cuda'} and at.tolist() == [2, 4] and x.shape == (2, 3, 64, 64)
+
+def ask_quality(net, arrays): uncertainty_quality(net, arrays, 2, 0)
+def ask_picture(net, arrays): prediction_tiles(net, arrays, [0], 2)
+def ask_explorer(net, arrays):
+    network_output([net], Acquisition(), unit_rgb(arrays.batch(np.arange(1))[0]), None)
+def ask_query(net, arrays):
+    p = SimpleNamespace(config=RunConfig(**SMALL))
+    _query(p, FIVE[0], dict(image='a', score=1.), arrays.rgb[0], arrays, net)
+def ask_time(net, arrays):
+    expected_minutes(SimpleNamespace(config=RunConfig(**SMALL)), net, arrays, arrays.available)
+
+@pytest.mark.parametrize('ask', [ask_quality, ask_picture, ask_explorer, ask_query, ask_time])
+def test_whoever_asks_a_network_does_it_in_its_precision(ask):
+    "Else a prediction in fp32 is shown beside maps in bf16. Asked on a CPU, where bf16 has to be wished for"
+    net = network(precision='bf16').eval()
+    found = []
+    net.encoder.net.register_forward_pre_hook(lambda *_: found.append(torch.is_autocast_enabled('cpu')))
+    ask(net, stored())
+    assert len(found) >= 2 and all(found)
 
 METERED = [*FIVE, standard_task('parts'), standard_task('saliency', metric='maxf_of_means')]
 

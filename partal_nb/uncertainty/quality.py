@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import derive_seed, set_seed
 from ..tasks import Task
 from ..data.arrays import Arrays, unit_rgb
-from ..model.padnet import PADNet
+from ..model.padnet import PADNet, arithmetic
 from ..training.augment import to_device
 from .passes import first_network
 from .maps import entropy_maps
@@ -69,7 +69,8 @@ def _batch_quality(
     seed:int,      # of the dropout
     how:tuple,     # T, estimator, quantity
 )->dict[str, tuple[Tensor, Tensor]]: # task -> error and uncertainty of every pixel, both (B, H, W)
-    final = first_network(models).eval()(x).final
+    model = first_network(models).eval()
+    with arithmetic(model): final = model(x).final
     set_seed(seed)
     T, estimator, quantity = how
     maps = entropy_maps(models, x, T, None, estimator, quantity)
