@@ -42,10 +42,10 @@ SMALL = dict(encoder='test_efficientnet', pretrained=False, features=16, height=
 def fake(**kw): return FakeTensorMode(allow_non_fake_inputs=True, **kw)
 
 class Watched(TorchDispatchMode):
-    "What is called, by name, and copies from the CPU for which a GPU would first finish what it was asked before"
+    "What is called, by name, and copies from and to the CPU for which a GPU would first finish what it was asked before"
     def __init__(self):
         super().__init__()
-        self.called, self.blocking = set(), []
+        self.called, self.blocking, self.fetched = set(), [], []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
@@ -54,8 +54,9 @@ class Watched(TorchDispatchMode):
         if name in ('_to_copy', 'copy_'):
             source = args[0] if name == '_to_copy' else args[1]
             waits = not (kwargs or {}).get('non_blocking', name == 'copy_' and len(args) > 2 and args[2])
-            to_card = (source.device.type, out.device.type) == ('cpu', 'cuda')
-            if waits and to_card: self.blocking.append(tuple(out.shape))
+            way = source.device.type, out.device.type
+            if waits and way == ('cpu', 'cuda'): self.blocking.append(tuple(out.shape))
+            if waits and way == ('cuda', 'cpu'): self.fetched.append(tuple(out.shape))
         return out
 
 def network(tasks=FIVE, **changes):
@@ -81,7 +82,11 @@ def test_the_guard_sees_a_mix_and_a_wait():
             torch.zeros(5, device='cuda').copy_(torch.ones(5))
             torch.tensor([1.]*6, device='cuda')
             torch.as_tensor(np.ones(7), device='cuda')
-        assert seen.blocking == [(4,), (5,), (6,), (7,)] and {'_to_copy', 'copy_'} <= seen.called
+            x.to('cpu', non_blocking=True)
+            assert not seen.fetched
+            x.cpu()
+        assert (seen.blocking, seen.fetched) == ([(4,), (5,), (6,), (7,)], [(2,)])
+        assert {'_to_copy', 'copy_'} <= seen.called
 
 @pytest.mark.parametrize('changes', [{}, dict(strategy='learning_loss'), dict(dropout_at='all', message='features'),
                                      dict(estimator='masksembles'), dict(dropout_kind='channel')], ids=str)
@@ -175,7 +180,20 @@ def test_what_is_scored_goes_to_the_card_without_a_wait():
             at, x, inject = _load(arrays, np.array([2, 4]), arrays.available[[2, 4]], CUDA)
             predicted_labels(net, arrays, np.arange(6), arrays.available, 2)
         assert not seen.blocking
+        assert len(seen.fetched) == len(FIVE) # once a task, when all is predicted
         assert devices(x, *inject.values()) == {'cuda'} and at.tolist() == [2, 4] and x.shape == (2, 3, 64, 64)
+
+def test_the_quality_of_uncertainty_waits_once(monkeypatch):
+    "When all batches are asked for, however many they are"
+    arrays, net, waits, found = stored(), network(), [], []
+    monkeypatch.setattr('torch.cuda.synchronize', waits.append)
+    monkeypatch.setattr('partal_nb.training.evaluate.prefetch', iter) # fake tensors are of this thread
+    monkeypatch.setattr('partal_nb.uncertainty.quality.order_quality', lambda *maps: found.append(maps))
+    with fake():
+        net.to(CUDA)
+        with Watched() as seen: uncertainty_quality(net, arrays, 2, 0, batch_size=2)
+    assert not seen.blocking and not seen.fetched and [d.type for d in waits] == ['cuda']
+    assert [tuple(v.shape) for maps in found for v in maps] == [(6, 64, 64)]*10 and devices(*sum(found, ())) == {'cpu'}
 
 def ask_quality(net, arrays): uncertainty_quality(net, arrays, 2, 0)
 def ask_picture(net, arrays): prediction_tiles(net, arrays, [0], 2)
