@@ -179,14 +179,13 @@ def score_beside(
     share:float,   # of the shards that come before the first that this process makes
 )->str: # `scores` or `features`, of which no shard is missing now; empty: there was nothing to do
     "Make shards of the round that is under way"
-    from partal_nb.core import pick_device
     from partal_nb.runs.checks import run_data
     from partal_nb.runs.shards import features_for, wanted_shards
     r, config = len(folder.journal()), folder.config
     wanted = wanted_shards(folder, r)
     if not wanted: return ''
     arrays, _ = run_data(config).load(config)
-    models = [model.to(pick_device(config.device)) for model in folder.networks(r)]
+    models = folder.networks(r, config.device)
     if wanted == 'scores': _fill_scores(folder, r, share, arrays, models)
     shards = features_for(folder, r)
     if wanted == 'features' and shards and len(arrays) > shards.size: shards.fill(models[0], arrays, share)
