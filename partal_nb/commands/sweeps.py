@@ -141,9 +141,10 @@ def sweep(
         if plan: runs = _planned(plan, seeds, out, dict(strategies=strategies, data=data, set=changed))
         else: runs = _sweep_runs(preset_name, strategies, seeds, out, changed | (dict(data=data) if data else {}))
         if only_print: return _print_commands(runs, kernel)
-        check_kernel(kernel)
+        cards = choose_cards(gpus)
+        check_kernel(kernel, cards)
         options = slurm_options(on, partition, account, minutes, sbatch)
-        place = open_executor(on, out/'.submitit', jobs, choose_cards(gpus), per_gpu, **options)
+        place = open_executor(on, out/'.submitit', jobs, cards, per_gpu, **options)
         table = None if plan else RunPaths(out).sweep_file # arms of a plan are no strategies
         with place as executor: finished = _sweep(runs, table, tries, kernel, executor)
     if not finished: raise typer.Exit(1)
