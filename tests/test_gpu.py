@@ -42,7 +42,7 @@ SMALL = dict(encoder='test_efficientnet', pretrained=False, features=16, height=
 def fake(**kw): return FakeTensorMode(allow_non_fake_inputs=True, **kw)
 
 class Watched(TorchDispatchMode):
-    "What is called, by name, and copies from and to the CPU for which a GPU would first finish what it was asked before"
+    "What is called, by name, and copies from and to the CPU that wait for all a GPU was asked before"
     def __init__(self):
         super().__init__()
         self.called, self.blocking, self.fetched = set(), [], []
