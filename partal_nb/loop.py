@@ -6,7 +6,7 @@
 __all__ = ['MOVED', 'find_moved', 'OldNames', 'old_file_layout', 'OldJob', 'old_sweep']
 
 # %% ../nbs/39_loop.ipynb #cb0e5994
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -66,8 +66,8 @@ class OldJob:
     def __init__(self, job): self.job = job
     def __getattr__(self, name:str): return getattr(self.job, name)
 
-    @property
-    def process(self)->Any: # has a `pid`
+    @cached_property
+    def process(self)->Any: # has a `pid`; found once, so that it can't end between two looks
         import psutil
         words = 'partal_nb.runs.executors', str(self.job.folder)
         for p in psutil.process_iter(['cmdline']):
@@ -75,13 +75,13 @@ class OldJob:
         raise ProcessLookupError(f"{self.job.name}: no process of it runs on this machine")
 
     @property
+    def started(self)->bool: # it may not have, or has ended
+        try: return bool(self.process)
+        except ProcessLookupError: return False
+
+    @property
     def screen(self)->SimpleNamespace: # has `lines`
         return SimpleNamespace(lines=import_module('partal_nb.runs.executors').read_log(self.job.log))
-
-# %% ../nbs/39_loop.ipynb #2486d1f8
-def _has_process(job)->bool: # it may not have started yet
-    try: return bool(OldJob(job).process)
-    except ProcessLookupError: return False
 
 # %% ../nbs/39_loop.ipynb #4da1efe7
 def old_sweep(
@@ -93,5 +93,8 @@ def old_sweep(
 )->list[OldJob]:
     "A sweep of which each run's process can be seen"
     sweep = import_module('partal_nb.runs.sweep').sweep
-    def shown(jobs): return show and show([OldJob(job) for job in jobs if job.state != 'running' or _has_process(job)])
+    def shown(jobs):
+        old = [OldJob(job) for job in jobs]
+        return show and show([j for j in old if j.state != 'running' or j.started])
+
     return [OldJob(job) for job in sweep(runs, jobs, tries, shown if show else None, **kw)]

@@ -248,7 +248,8 @@ def test_kernel_install():
     try:
         spec = json.loads((folder/'kernel.json').read_text())
         assert folder == Path(sys.prefix)/'share/jupyter/kernels/partal-test-cli'
-        assert Path(spec['argv'][0]).parent == BIN and spec['env'] == dict(CUDA_VISIBLE_DEVICES='1')
+        assert Path(spec['argv'][0]).parent == BIN
+        assert spec['env'] == dict(CUDA_VISIBLE_DEVICES='1', CUDA_DEVICE_ORDER='PCI_BUS_ID')
     finally: shutil.rmtree(folder)
     refused(called('kernel', 'install', '--cuda', 'first'), "--cuda 'first': expected the number of a GPU")
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +14,25 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import partal_nb
+from partal_nb.annotate.ask import _query, expected_minutes
 from partal_nb.config import RunConfig
 from partal_nb.data.arrays import Arrays, unit_rgb
 from partal_nb.dev.network_speed import NYU
+from partal_nb.explore.run import network_output
 from partal_nb.losses import total_loss
 from partal_nb.metrics import meter
 from partal_nb.model.padnet import make_model
 from partal_nb.runs.checks import code_version
+from partal_nb.runs.pictures import prediction_tiles
 from partal_nb.tasks import standard_task
 from partal_nb.training.augment import AUGMENTS, augment
 from partal_nb.training.evaluate import image_error
-from partal_nb.training.hooks import image_losses, move_average, ranking_loss
+from partal_nb.training.hooks import image_losses, move_average, predicted_labels, ranking_loss
 from partal_nb.training.trainer import DevicePool, pick_injected, training_loss
-from partal_nb.uncertainty.maps import QUANTITIES, entropy_maps
+from partal_nb.uncertainty.acquisition import Acquisition
+from partal_nb.uncertainty.maps import QUANTITIES, _load, entropy_maps
 from partal_nb.uncertainty.passes import ESTIMATORS
+from partal_nb.uncertainty.quality import uncertainty_quality
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device('cuda')
@@ -36,10 +42,10 @@ SMALL = dict(encoder='test_efficientnet', pretrained=False, features=16, height=
 def fake(**kw): return FakeTensorMode(allow_non_fake_inputs=True, **kw)
 
 class Watched(TorchDispatchMode):
-    "What is called, by name, and copies from the CPU for which a GPU would first finish what it was asked before"
+    "What is called, by name, and copies from and to the CPU that wait for all a GPU was asked before"
     def __init__(self):
         super().__init__()
-        self.called, self.blocking = set(), []
+        self.called, self.blocking, self.fetched = set(), [], []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
@@ -48,8 +54,9 @@ class Watched(TorchDispatchMode):
         if name in ('_to_copy', 'copy_'):
             source = args[0] if name == '_to_copy' else args[1]
             waits = not (kwargs or {}).get('non_blocking', name == 'copy_' and len(args) > 2 and args[2])
-            to_card = (source.device.type, out.device.type) == ('cpu', 'cuda')
-            if waits and to_card: self.blocking.append(tuple(out.shape))
+            way = source.device.type, out.device.type
+            if waits and way == ('cpu', 'cuda'): self.blocking.append(tuple(out.shape))
+            if waits and way == ('cuda', 'cpu'): self.fetched.append(tuple(out.shape))
         return out
 
 def network(tasks=FIVE, **changes):
@@ -75,7 +82,11 @@ def test_the_guard_sees_a_mix_and_a_wait():
             torch.zeros(5, device='cuda').copy_(torch.ones(5))
             torch.tensor([1.]*6, device='cuda')
             torch.as_tensor(np.ones(7), device='cuda')
-        assert seen.blocking == [(4,), (5,), (6,), (7,)] and {'_to_copy', 'copy_'} <= seen.called
+            x.to('cpu', non_blocking=True)
+            assert not seen.fetched
+            x.cpu()
+        assert (seen.blocking, seen.fetched) == ([(4,), (5,), (6,), (7,)], [(2,)])
+        assert {'_to_copy', 'copy_'} <= seen.called
 
 @pytest.mark.parametrize('changes', [{}, dict(strategy='learning_loss'), dict(dropout_at='all', message='features'),
                                      dict(estimator='masksembles'), dict(dropout_kind='channel')], ids=str)
@@ -133,11 +144,14 @@ def test_augmentation_stays_on_the_card(name):
             with Watched() as seen: x, moved = augment(rgb, labels, FIVE, name, seed)
             assert devices(x, *moved.values()) == {'cuda'} and not seen.blocking
 
-def test_a_pool_on_the_card_and_averaged_weights():
+def stored():
+    "A pool of six images"
     size = lambda t: np.ones((6, 64, 64, t.label_channels), t.form.cached)
-    arrays = Arrays(tuple('abcdef'), FIVE, np.zeros((6, 64, 64, 3), np.uint8), {t.name: size(t) for t in FIVE},
-                    np.ones((6, 5), bool))
-    net = network()
+    return Arrays(tuple('abcdef'), FIVE, np.zeros((6, 64, 64, 3), np.uint8), {t.name: size(t) for t in FIVE},
+                  np.ones((6, 5), bool))
+
+def test_a_pool_on_the_card_and_averaged_weights():
+    arrays, net = stored(), network()
     with fake():
         pool = DevicePool(arrays, np.array([1, 3, 5]), CUDA)
         with Watched() as seen: rgb, labels = pool.batch(np.array([5, 1]), np.ones((2, 5), bool))
@@ -156,6 +170,49 @@ def test_scoring_does_not_wait(name, measure):
         x, labels = batch()
         maps = entropy_maps(models, x, 3, labels, name, measure)
         assert devices(*maps.values()) == {'cuda'} and {m.dtype for m in maps.values()} == {torch.float32}
+
+def test_what_is_scored_goes_to_the_card_without_a_wait():
+    "Images, and the labels that are injected; the same where a network makes pseudo-labels"
+    arrays, net = stored(), network()
+    with fake():
+        net.to(CUDA)
+        with Watched() as seen:
+            at, x, inject = _load(arrays, np.array([2, 4]), arrays.available[[2, 4]], CUDA)
+            predicted_labels(net, arrays, np.arange(6), arrays.available, 2)
+        assert not seen.blocking
+        assert len(seen.fetched) == len(FIVE) # once a task, when all is predicted
+        assert devices(x, *inject.values()) == {'cuda'} and at.tolist() == [2, 4] and x.shape == (2, 3, 64, 64)
+
+def test_the_quality_of_uncertainty_waits_once(monkeypatch):
+    "When all batches are asked for, however many they are"
+    arrays, net, waits, found = stored(), network(), [], []
+    monkeypatch.setattr('torch.cuda.synchronize', waits.append)
+    monkeypatch.setattr('partal_nb.training.evaluate.prefetch', iter) # fake tensors are of this thread
+    monkeypatch.setattr('partal_nb.uncertainty.quality.order_quality', lambda *maps: found.append(maps))
+    with fake():
+        net.to(CUDA)
+        with Watched() as seen: uncertainty_quality(net, arrays, 2, 0, batch_size=2)
+    assert not seen.blocking and not seen.fetched and [d.type for d in waits] == ['cuda']
+    assert [tuple(v.shape) for maps in found for v in maps] == [(6, 64, 64)]*10 and devices(*sum(found, ())) == {'cpu'}
+
+def ask_quality(net, arrays): uncertainty_quality(net, arrays, 2, 0)
+def ask_picture(net, arrays): prediction_tiles(net, arrays, [0], 2)
+def ask_explorer(net, arrays):
+    network_output([net], Acquisition(), unit_rgb(arrays.batch(np.arange(1))[0]), None)
+def ask_query(net, arrays):
+    p = SimpleNamespace(config=RunConfig(**SMALL))
+    _query(p, FIVE[0], dict(image='a', score=1.), arrays.rgb[0], arrays, net)
+def ask_time(net, arrays):
+    expected_minutes(SimpleNamespace(config=RunConfig(**SMALL)), net, arrays, arrays.available)
+
+@pytest.mark.parametrize('ask', [ask_quality, ask_picture, ask_explorer, ask_query, ask_time])
+def test_whoever_asks_a_network_does_it_in_its_precision(ask):
+    "Else a prediction in fp32 is shown beside maps in bf16. Asked on a CPU, where bf16 has to be wished for"
+    net = network(precision='bf16').eval()
+    found = []
+    net.encoder.net.register_forward_pre_hook(lambda *_: found.append(torch.is_autocast_enabled('cpu')))
+    ask(net, stored())
+    assert len(found) >= 2 and all(found)
 
 METERED = [*FIVE, standard_task('parts'), standard_task('saliency', metric='maxf_of_means')]
 

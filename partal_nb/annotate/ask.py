@@ -183,12 +183,14 @@ def expected_minutes(
     "How long training and scoring take, from two steps"
     import torch
     from partal_nb.data.arrays import unit_rgb
+    from partal_nb.model.padnet import arithmetic
     from partal_nb.training.schedule import plan_steps
     n = np.resize(np.flatnonzero(train_on.any(1)), p.config.batch_size)
     x = unit_rgb(arrays.batch(n, train_on[n])[0], next(model.parameters()).device)
     for _ in range(2): # the first warms up
         began = time.perf_counter()
-        sum(y.float().mean() for y in model.train()(x).final.values()).backward()
+        with arithmetic(model): final = model.train()(x).final
+        sum(y.float().mean() for y in final.values()).backward()
         if x.is_cuda: torch.cuda.synchronize()
         seconds = time.perf_counter() - began
     model.zero_grad()
@@ -378,6 +380,7 @@ def _query(p:Project, task:Task, q:dict, rgb:np.ndarray, arrays, model): # -> Qu
     import torch
     from torch.nn.functional import interpolate
     from partal_nb.data.arrays import unit_rgb
+    from partal_nb.model.padnet import arithmetic
     size = rgb.shape[:2]
     n = np.array([arrays.images.index(image)])
     photo, labels = arrays.batch(n, arrays.available[n])
@@ -386,7 +389,7 @@ def _query(p:Project, task:Task, q:dict, rgb:np.ndarray, arrays, model): # -> Qu
     set_seed(derive_seed(p.config.seed, 'query', image, task.name))
     entropy = project_acquisition(p).maps(model, x, inject)[task.name]
     entropy = interpolate(entropy[None], size, mode='bilinear')[0, 0].cpu().numpy()
-    with torch.no_grad(): raw = model.eval()(x, inject).final[task.name]
+    with torch.no_grad(), arithmetic(model): raw = model.eval()(x, inject).final[task.name]
     y = task.form.activate(interpolate(raw.float(), size, mode='bilinear'))
     guess = task.form.to_label(y)[0].movedim(0, -1).cpu().numpy()
     return Query(image, task, rgb, guess, entropy, q['score'])

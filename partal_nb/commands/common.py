@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AsJson', 'Preset', 'Changes', 'Imports', 'Data', 'Kernel', 'QUIET_KERNEL', 'START_TIMEOUT', 'plain_errors',
            'jsonable', 'show', 'use_utf8', 'this_command', 'parse_change', 'parse_changes', 'templates', 'template',
-           'purpose', 'injected_names', 'given_changes', 'json_object', 'check_kernel', 'execute']
+           'purpose', 'injected_names', 'given_changes', 'json_object', 'pinned_cards', 'check_kernel', 'execute']
 
 # %% ../../nbs/79_commands.common.ipynb #a96f0003
 import ast
@@ -176,16 +176,34 @@ def json_object(
 # %% ../../nbs/79_commands.common.ipynb #b2f35bfa
 def _literal(path)->str: return str(path).replace('{', '{{').replace('}', '}}') # as papermill takes it
 
+# %% ../../nbs/79_commands.common.ipynb #2b1b7196
+def pinned_cards(
+    kernel:str, # the name of a Jupyter kernel that is there
+)->str|None: # `CUDA_VISIBLE_DEVICES` as it sets it; None: it takes its caller's
+    "The GPUs that a kernel sees, whoever starts it"
+    from jupyter_client.kernelspec import get_kernel_spec
+    return get_kernel_spec(kernel).env.get('CUDA_VISIBLE_DEVICES')
+
 # %% ../../nbs/79_commands.common.ipynb #9b4c871a
 def check_kernel(
     kernel:str, # a Jupyter kernel's name; empty: this very Python
+    cards:Iterable[str]=(), # GPUs that a sweep hands out to its runs
 ):
-    "Refuse a kernel that is not there"
+    "Refuse a kernel that is not there, or that has a GPU of its own where others are handed out"
     from jupyter_client.kernelspec import find_kernel_specs
-    kernels = sorted(find_kernel_specs()) if kernel else ['']
-    if kernel in kernels: return
-    raise ValueError(f"no Jupyter kernel {kernel!r}; there are {kernels}, "
-                     f"and `partal kernel install --name {kernel}` makes one")
+    if not kernel: return
+    kernels = sorted(find_kernel_specs())
+    if kernel not in kernels:
+        raise ValueError(f"no Jupyter kernel {kernel!r}; there are {kernels}, "
+                         f"and `partal kernel install --name {kernel}` makes one")
+    pinned, given = pinned_cards(kernel), os.environ.get('CUDA_VISIBLE_DEVICES')
+    if pinned is None: return
+    if list(cards) not in ([], [pinned]):
+        raise ValueError(f"--gpus {','.join(cards)}: kernel {kernel!r} pins CUDA_VISIBLE_DEVICES={pinned}, "
+                         "and all runs would be there; leave out -k, or make one that pins none, "
+                         "`partal kernel install --cuda ''`")
+    if given not in (None, pinned) and not cards:
+        typer.echo(f'kernel {kernel} sees GPU {pinned}, its own; CUDA_VISIBLE_DEVICES is {given!r} here', err=True)
 
 # %% ../../nbs/79_commands.common.ipynb #a96f0010
 def _check_execution(source:Path, parameters:dict, kernel:str):

@@ -244,7 +244,7 @@ def kernel_install(
     from ipykernel.kernelspec import install
     with plain_errors():
         cards = check_card(cuda)
-        env = dict(CUDA_VISIBLE_DEVICES=cuda) if cuda else {}
+        env = dict(CUDA_VISIBLE_DEVICES=cuda, CUDA_DEVICE_ORDER='PCI_BUS_ID') if cuda else {} # nvidia-smi's numbers
         path = install(prefix=sys.prefix, kernel_name=name, display_name=f'partal (GPU {cuda or "all"})', env=env)
         typer.echo(f'kernel {name}: {path}')
         if not cards: typer.echo('PyTorch sees no GPU here: runs in this kernel will use the CPU')

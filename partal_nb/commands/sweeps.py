@@ -141,9 +141,10 @@ def sweep(
         if plan: runs = _planned(plan, seeds, out, dict(strategies=strategies, data=data, set=changed))
         else: runs = _sweep_runs(preset_name, strategies, seeds, out, changed | (dict(data=data) if data else {}))
         if only_print: return _print_commands(runs, kernel)
-        check_kernel(kernel)
+        cards = choose_cards(gpus)
+        check_kernel(kernel, cards)
         options = slurm_options(on, partition, account, minutes, sbatch)
-        place = open_executor(on, out/'.submitit', jobs, choose_cards(gpus), per_gpu, **options)
+        place = open_executor(on, out/'.submitit', jobs, cards, per_gpu, **options)
         table = None if plan else RunPaths(out).sweep_file # arms of a plan are no strategies
         with place as executor: finished = _sweep(runs, table, tries, kernel, executor)
     if not finished: raise typer.Exit(1)
@@ -179,14 +180,13 @@ def score_beside(
     share:float,   # of the shards that come before the first that this process makes
 )->str: # `scores` or `features`, of which no shard is missing now; empty: there was nothing to do
     "Make shards of the round that is under way"
-    from partal_nb.core import pick_device
     from partal_nb.runs.checks import run_data
     from partal_nb.runs.shards import features_for, wanted_shards
     r, config = len(folder.journal()), folder.config
     wanted = wanted_shards(folder, r)
     if not wanted: return ''
     arrays, _ = run_data(config).load(config)
-    models = [model.to(pick_device(config.device)) for model in folder.networks(r)]
+    models = folder.networks(r, config.device)
     if wanted == 'scores': _fill_scores(folder, r, share, arrays, models)
     shards = features_for(folder, r)
     if wanted == 'features' and shards and len(arrays) > shards.size: shards.fill(models[0], arrays, share)

@@ -10,6 +10,7 @@ import copy
 import json
 import tempfile
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
@@ -202,6 +203,15 @@ def _losses_apart(net:PADNet, plain:PADNet, x:Tensor, labels:dict)->float:
     loss = plain_loss(NYU, [expected.guess, expected.final], labels)
     return abs(fast_loss.item()/loss.item() - 1)
 
+# %% ../../nbs/75_dev.network_speed.ipynb #23b1f521
+@contextmanager
+def _default_tf32():
+    "TF32 where PyTorch has it by itself: in convolutions"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try: yield
+    finally: torch.backends.cudnn.allow_tf32 = before
+
 # %% ../../nbs/75_dev.network_speed.ipynb #3421e6ca
 def _two_trainings(config:RunConfig, B:int)->tuple[dict[str, Callable], float]:
     "A step each way, and how far the losses of one network are apart"
@@ -218,9 +228,10 @@ def _two_trainings(config:RunConfig, B:int)->tuple[dict[str, Callable], float]:
     wrapped, opt = acc.prepare(net, adam(net, fused=True))
     plain_opt = adam(plain)
     def plain_step():
-        out = plain(x)
-        plain_opt.zero_grad()
-        plain_loss(NYU, [out.guess, out.final], labels).backward()
+        with _default_tf32():
+            out = plain(x)
+            plain_opt.zero_grad()
+            plain_loss(NYU, [out.guess, out.final], labels).backward()
         plain_opt.step()
     fast_step = lambda: train_step(wrapped, opt, acc, x, labels, NYU, 0.)
     return {'plain step': plain_step, 'training step': fast_step}, apart

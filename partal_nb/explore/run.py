@@ -26,6 +26,7 @@ from ..config import RunConfig, preset
 from ..pool import Context, Pool, Scores, pair_matrix
 from ..data.arrays import Arrays, unit_rgb
 from ..data.dataset import Dataset
+from ..model.padnet import arithmetic
 from ..uncertainty.acquisition import FEATURES, Acquisition, need_names
 from ..select.prices import Prices
 from ..select.strategy import get_strategy, needs_to_show, pair_needs, strategy_of
@@ -160,7 +161,7 @@ def network_output(
     x = x.to(device)
     labels = {name: y.to(device) for name, y in labels.items()} if labels else None
     with torch.no_grad(), threads(n):
-        final = models[0](x, labels).final
+        with arithmetic(models[0]): final = models[0](x, labels).final
         maps = acquisition.maps(models, x, labels)
     final = {name: v[0].cpu() for name, v in final.items()}
     maps = {name: v[0].cpu().numpy() for name, v in maps.items()}

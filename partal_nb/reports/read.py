@@ -288,20 +288,28 @@ def finished_seeds(
     missing = {c.seed for f, c in runs.items() if f.parent == Path(out)/pool and not is_as_planned(c, f)}
     return [seed for seed in plan.seeds if seed not in missing]
 
+# %% ../../nbs/70_reports.read.ipynb #12983464
+def _origin(folder:RunFolder)->dict: # what made its numbers; older versions wrote no precision
+    about = folder.about
+    machine = about.get('machine', {})
+    how = [line.get('resolved', {}) for line in folder.journal()]
+    devices = {machine.get('device'), *(h.get('device', machine.get('device')) for h in how)}
+    precisions = {h.get('precision') for h in how}
+    return dict(commit=about.get('commit'), threads=machine.get('threads'),
+                device=sorted(map(str, devices)), precision=sorted(map(str, precisions)))
+
 # %% ../../nbs/70_reports.read.ipynb #6acebbf4
 def check_one_origin(
     folders:Iterable, # of runs that are compared
 ):
-    "Refuse runs of one comparison that different commits made, or different numbers of threads"
-    seen = {}
-    for f in folders:
-        about = RunFolder(f).about
-        origin = about.get('commit'), about.get('machine', {}).get('threads')
-        seen.setdefault(origin, f)
-        if len(seen) > 1:
-            (a, one), (b, two) = seen.items()
-            raise ValueError(f"{one} and {two}: expected one commit and number of threads, got {a} and {b}; "
-                             "make the runs of a comparison again from one checkout")
+    "Refuse runs of one comparison that different commits or kinds of machine made"
+    origins = {f: _origin(RunFolder(f)) for f in folders}
+    for f, origin in origins.items():
+        one, first = next(iter(origins.items()))
+        differ = {k: (first[k], v) for k, v in origin.items() if v != first[k]}
+        if differ:
+            raise ValueError(f"{one} and {f}: expected one commit, number of threads, device and precision, "
+                             f"got {differ}; make the runs of a comparison again, from one checkout on like machines")
 
 # %% ../../nbs/70_reports.read.ipynb #039d5f88
 def read_planned(

@@ -91,13 +91,14 @@ class NetworkFiles(RunSettings):
     def load_model(self,
         r:int,        # the round
         member:int=0, # of an ensemble; 0: the round's own network
+        device:str='auto', # where it shall lie
     ): # a `PADNet` in evaluation mode
         "The network of a finished round"
         path = self.checkpoint(r, member)
         if not path.exists():
             done = len(self.journal())
             raise FileNotFoundError(f"{path}: no such network; {self.path} has {done} finished rounds")
-        return self.load_network(path)
+        return self.load_network(path, device)
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0028
 class RunEstimator(NetworkFiles):
@@ -109,10 +110,10 @@ class RunEstimator(NetworkFiles):
         if config.estimator == 'snapshots': return [self.snapshot(r, i) for i in range(config.members - 1)]
         return []
 
-    def networks(self, r:int)->list: # of `PADNet`s in evaluation mode
+    def networks(self, r:int, device:str='auto')->list: # of `PADNet`s in evaluation mode
         "The round's own network first, and the others that its estimator asks, where they are there"
         there = [path for path in self.others(r) if path.is_file()]
-        return [self.load_model(r), *map(self.load_network, there)]
+        return [self.load_model(r, device=device), *(self.load_network(path, device) for path in there)]
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0032
 class RunCandidates(RunEstimator):

@@ -7,9 +7,7 @@ __all__ = ['OpenRun', 'open_run', 'start_features', 'label_start', 'read_purchas
            'purchase_errors', 'forget_peak', 'describe_purchase', 'run_round', 'run']
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000153
-import resource
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +28,7 @@ from ..data.arrays import Arrays
 from ..model.padnet import PADNet, make_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint
 from ..training.hooks import Pseudo, warn_of_mix
+from ..training.distributed import peak_memory
 from ..training.trainer import resolved, train
 from ..training.evaluate import Constant, evaluate, image_errors
 from ..training.own_size import evaluate_own_size
@@ -305,11 +304,8 @@ def purchase_errors(run:OpenRun, r:int, model:PADNet, index:np.ndarray)->list: #
     return [[p.image, p.task, e] for p, e in zip(pairs, values)]
 
 # %% ../../nbs/64_runs.loop.ipynb #c000014f
-def _peak_memory(config:RunConfig)->float: # MB: of the round on a GPU, of this process alone; else of the process
-    device = pick_device(config.device)
-    if device.type == 'cuda': return round(torch.cuda.max_memory_allocated(device)/2**20, 1)
-    unit = 2**20 if sys.platform == 'darwin' else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 1)
+def _round_peak(config:RunConfig, trained:dict)->float: # MB; of several processes, the larger of this and the first's
+    return max(peak_memory(config), trained.get('peak_memory_mb', 0.))
 
 # %% ../../nbs/64_runs.loop.ipynb #7faa0b8a
 def forget_peak(config:RunConfig): # `device`
@@ -360,7 +356,7 @@ def _line(run:OpenRun, r:int, trained:dict, found:dict, seconds:dict)->dict: # o
     line |= dict(images=int(run.pool(r).labeled.any(1).sum()))
     line |= dict(presentations=_presentations(run, r, trained['steps']))
     line |= dict(bought=found.pop('bought', {}), **found)
-    line |= dict(seconds=seconds, peak_memory_mb=_peak_memory(run.config))
+    line |= dict(seconds=seconds, peak_memory_mb=_round_peak(run.config, trained))
     line |= dict(steps=trained['steps'], loss=trained['loss'])
     return line | {key: trained[key] for key in ('curve', 'resolved') if trained.get(key)}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tasks import Task
 from ..data.arrays import Arrays, unit_rgb
-from ..model.padnet import PADNet
+from ..model.padnet import PADNet, arithmetic
 from ..uncertainty.maps import entropy_maps
 from .ledger import Ledger
 from .folder import RunFolder
@@ -94,7 +94,7 @@ def prediction_tiles(
     device = next(model.parameters()).device
     rgb, _ = arrays.batch(np.asarray(index))
     x = unit_rgb(rgb, device)
-    with torch.no_grad(): final = model.eval()(x).final
+    with torch.no_grad(), arithmetic(model): final = model.eval()(x).final
     maps = entropy_maps(model, x, T)
     return [_task_tiles(t, arrays, index, final[t.name], maps[t.name].cpu().numpy()) for t in arrays.tasks]
 

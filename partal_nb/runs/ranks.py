@@ -33,7 +33,7 @@ from ..data.arrays import Arrays, load_arrays
 from ..data.dataset import Dataset
 from ..model.padnet import PADNet, make_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint
-from ..training.distributed import RankTrainer, ReadCheckpoint
+from ..training.distributed import PeakMemory, RankTrainer, ReadCheckpoint
 from ..training.hooks import (
     Bar, Checkpoint, Hook, Pseudo, PseudoLabels, RefuseDivergence, Snapshots, Tracker, WeightAverage, load_finished)
 from .executors import THREADS, Work, count_cores, end_with_parent, run_process
@@ -142,7 +142,7 @@ def rank_hooks(
     own:list[Hook] = [WeightAverage()] if config.ema else []
     own += [Tracker(), RefuseDivergence()]
     if not first: return own + [ReadCheckpoint(path)]
-    return own + [Snapshots(path), Checkpoint(path, save_every), Bar(show)]
+    return own + [Snapshots(path), PeakMemory(), Checkpoint(path, save_every), Bar(show)]
 
 # %% ../../nbs/62b_runs.ranks.ipynb #c0a8b5db
 def _join(config:RunConfig):

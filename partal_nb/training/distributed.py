@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['BY_SHARE', 'valid_pixels', 'batch_counts', 'loss_in_batch', 'part_loss', 'average_over_ranks', 'own_part',
-           'PartTrainer', 'RankTrainer', 'ReadCheckpoint']
+           'PartTrainer', 'RankTrainer', 'ReadCheckpoint', 'peak_memory', 'PeakMemory']
 
 # %% ../../nbs/37_training.distributed.ipynb #4bef9dba
+import resource
+import sys
 from functools import partial
 from typing import Callable
 
@@ -14,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core import derive_seed, set_seed
+from ..core import derive_seed, pick_device, set_seed
 from ..tasks import Task
+from ..config import RunConfig
 from ..model.padnet import Prediction
 from ..losses import at_label_size, task_loss, weighted_bce
-from .hooks import Checkpoint
+from .hooks import Checkpoint, Hook
 from .trainer import Batch, Trainer, counted_together, pick_injected
 
 # %% ../../nbs/37_training.distributed.ipynb #bcb30625
@@ -131,3 +134,22 @@ class ReadCheckpoint(Checkpoint):
     "Resumes from an unfinished checkpoint, and writes none: that is for rank 0"
     def after_step(self, trainer): pass
     def end(self, trainer): pass
+
+# %% ../../nbs/37_training.distributed.ipynb #6a09a4c4
+def peak_memory(
+    config:RunConfig, # `device`
+)->float: # MB: on a GPU of this process alone, since its counter was reset; else of the process
+    "The most memory that this process had"
+    device = pick_device(config.device)
+    if device.type == 'cuda': return round(torch.cuda.max_memory_allocated(device)/2**20, 1)
+    unit = 2**20 if sys.platform == 'darwin' else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 1)
+
+# %% ../../nbs/37_training.distributed.ipynb #2caf0c8a
+class PeakMemory(Hook):
+    "`peak_memory_mb` in the round's record, also of what came before an interruption"
+    def before_save(self, trainer):
+        before = trainer.record.get('peak_memory_mb', 0.)
+        trainer.record['peak_memory_mb'] = max(before, peak_memory(trainer.config))
+
+    def end(self, trainer): self.before_save(trainer)

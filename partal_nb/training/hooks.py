@@ -278,11 +278,11 @@ def predicted_labels(
         device = next(model.parameters()).device
         rgb, labels = arrays.batch(at, labeled[at])
         inject = {k: to_device(v, device) for k, v in labels.items()}
-        with arithmetic(model): final = model.eval()(unit_rgb(rgb, device), inject).final
-        for t in arrays.tasks:
-            y = label_of(t, final[t.name])
-            maps[t.name] += y.cpu().unbind()
-    return maps
+        x = unit_rgb(to_device(rgb, device))
+        with arithmetic(model): final = model.eval()(x, inject).final
+        for t in arrays.tasks: maps[t.name].append(label_of(t, final[t.name]))
+    fetch = lambda found: list(torch.cat(found).cpu().unbind()) if found else [] # a GPU is waited for once a task
+    return {name: fetch(found) for name, found in maps.items()}
 
 # %% ../../nbs/33_training.hooks.ipynb #c0330022
 class Pseudo:

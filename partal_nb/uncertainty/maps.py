@@ -48,7 +48,7 @@ def _load(
 )->tuple: # positions, images in [0, 1], labels to inject or None
     "One batch on the device"
     rgb, labels = arrays.batch(at, inject)
-    x = unit_rgb(rgb, device, channels_last=True)
+    x = unit_rgb(to_device(rgb, device), channels_last=True)
     names = [t.name for t, some in zip(arrays.tasks, inject.any(0)) if some]
     return at, x, {name: to_device(labels[name], device) for name in names} or None
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..core import derive_seed, set_seed
 from ..tasks import Task
-from ..data.arrays import Arrays, unit_rgb
-from ..model.padnet import PADNet
+from ..data.arrays import Arrays
+from ..model.padnet import PADNet, arithmetic
+from ..training.evaluate import batches, batches_on_device
 from .passes import first_network
 from .maps import entropy_maps
 
@@ -63,22 +64,23 @@ def _enlarged(v:Tensor, size)->Tensor: # (B, C, H, W)
 def _batch_quality(
     models,        # the network, or those of an ensemble
     x:Tensor,      # (B, 3, H, W), [0, 1]
-    labels:dict,   # task -> (B, C, H, W)
+    labels:dict,   # task -> (B, C, H, W), on the same device
     tasks:tuple,
     seed:int,      # of the dropout
     how:tuple,     # T, estimator, quantity
 )->dict[str, tuple[Tensor, Tensor]]: # task -> error and uncertainty of every pixel, both (B, H, W)
-    final = first_network(models).eval()(x).final
+    model = first_network(models).eval()
+    with arithmetic(model): final = model(x).final
     set_seed(seed)
     T, estimator, quantity = how
     maps = entropy_maps(models, x, T, None, estimator, quantity)
     found = {}
     for t in tasks:
-        y = labels[t.name].to(x.device)
+        y = labels[t.name]
         size = y.shape[-2:]
         error = pixel_error(t, t.form.activate(_enlarged(final[t.name], size)), y)
         uncertainty = _enlarged(maps[t.name][:, None], size)[:, 0]
-        found[t.name] = error.cpu(), uncertainty.cpu()
+        found[t.name] = tuple(v.to('cpu', non_blocking=True) for v in (error, uncertainty)) # while the next is computed
     return found
 
 # %% ../../nbs/44_uncertainty.quality.ipynb #51b189e0
@@ -96,10 +98,10 @@ def uncertainty_quality(
     device = next(first_network(models).parameters()).device
     how = T, estimator, quantity
     parts = []
-    for i in range(0, len(arrays), batch_size):
-        rgb, labels = arrays.batch(np.arange(i, min(i + batch_size, len(arrays))))
-        x = unit_rgb(rgb, device, channels_last=True)
-        parts.append(_batch_quality(models, x, labels, arrays.tasks, derive_seed(seed, i), how))
+    loaded = batches_on_device(first_network(models), arrays, batches(len(arrays), batch_size))
+    for i, (x, labels) in enumerate(loaded):
+        parts.append(_batch_quality(models, x, labels, arrays.tasks, derive_seed(seed, i*batch_size), how))
+    if device.type == 'cuda': torch.cuda.synchronize(device) # the copies have arrived
     found = {}
     for t in arrays.tasks:
         errors, uncertainties = zip(*(p[t.name] for p in parts))
