@@ -304,7 +304,7 @@ def test_told_again_with_other_minutes(project, tmp_path):
 
 # SIGKILL
 
-KILLS = int(os.environ.get('PARTAL_KILLS', 20)) # 1000 take an hour or more
+KILLS = int(os.environ.get('PARTAL_KILLS', 20)) # 1000 take some ten minutes
 
 def started(work): # process id, file to read what it writes; a child that has everything imported already
     r, w = os.pipe()
