@@ -23,6 +23,7 @@ from ..tasks import Pair, Task, task_from_dict
 from ..config import RunConfig, config_from_dict
 from ..pool import Pool
 from ..data.dataset import has_label, strangers
+from ..data.folders import tasks_file
 from .files import Changed, Fingerprints
 from ..select.prices import Prices, prices_from_dict
 from .query import QUERY_FILES
@@ -243,7 +244,7 @@ def open_project(
 def init(
     data,               # folder of images; labels beside them may be there
     folder,             # of the project; new
-    tasks=None,         # a TOML or JSON file, see `read_tasks`; or tasks; None: those of the data set
+    tasks=None,         # a TOML or JSON file, see `read_tasks`; or tasks; None: such a file in `data`, or its tasks
     formats:dict={},    # task -> name in `FORMATS`; default: as in the file, else `png` where that fits, else `npy`
     cooldown:int=2,     # see `Project`, and so on
     val_share:float=.2,
@@ -256,6 +257,7 @@ def init(
     part = folder.with_name(f'.{folder.name}.part')
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose a new folder for the project")
+    tasks = tasks or tasks_file(data)
     plan = read_tasks(tasks) if isinstance(tasks, (str, Path)) else priced(tuple(tasks or ()))
     source = open_images(data, plan['tasks'], plan.get('encodings', {}))
     if not tasks: plan = priced(tuple(source.tasks.values()))
@@ -380,7 +382,8 @@ def changed_files(
     gone = tuple(i for i in images if f'rgb/{i}' not in now)
     edited = tuple(i for i in images if i not in gone and f'rgb/{i}' in then and differs(f'rgb/{i}'))
     pairs = [Pair(i, name) for i, name in product(images, p.names) if i not in gone]
-    labels = tuple(pair for pair in pairs if differs(f'{pair.task}/{pair.image}'))
+    def beside(pair): return f'{pair.task}/{pair.image}'
+    labels = tuple(pair for pair in pairs if beside(pair) in now and differs(beside(pair))) # taken ones may leave
     return Changed(gone, edited, labels, _lost_labels(p, ledger), tuple(source.faults))
 
 # %% ../../nbs/86_annotate.project.ipynb #7d411a9b

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC21', 'NYU13', 'NYU_LAYOUTS', 'PASCAL_LAYOUTS', 'SAMPLE_LAYOUTS', 'FOLDER_LAYOUTS', 'TASKS', 'TASK_FILES',
-           'READABLE', 'BESIDE', 'RESAMPLE', 'Place', 'FolderLayout', 'own_place', 'tasks_file', 'own_images',
-           'own_layout', 'Folder', 'derived', 'read_folder']
+           'READABLE', 'BESIDE', 'RESAMPLE', 'Place', 'FolderLayout', 'own_place', 'tasks_file', 'read_places',
+           'own_images', 'own_layout', 'Folder', 'derived', 'read_folder']
 
 # %% ../../nbs/18_data.folders.ipynb #c0000097
 import json
@@ -128,8 +128,7 @@ def own_place(
 )->Place:
     "Where the labels of a task of one's own lie, and what is stated about their numbers"
     task = own_task(d)
-    how = make_encoding(task, split_entry(d)[1])
-    return Place(task, f'{task.name}/{{id}}', None, encoding=how)
+    return Place(task, f'{task.name}/{{id}}', None, encoding=make_encoding(task, split_entry(d)[1]))
 
 # %% ../../nbs/18_data.folders.ipynb #b6d1e571
 TASKS = 'tasks.json'
@@ -154,7 +153,10 @@ def _entries(file:Path)->list[dict]: # of tasks
     return entries
 
 # %% ../../nbs/18_data.folders.ipynb #7883fd14
-def _read_tasks(file:Path)->tuple[Place, ...]:
+def read_places(
+    file:Path, # `tasks.json` or `tasks.toml`
+)->tuple[Place, ...]:
+    "The tasks of a file, and where their labels would lie"
     try: return tuple(map(own_place, _entries(file)))
     except (ValueError, TypeError) as e: raise ValueError(str(e) if str(file) in str(e) else f"{file}: {e}") from e
 
@@ -171,7 +173,7 @@ def own_layout(
 )->FolderLayout:
     "The layout that a file of tasks describes"
     path = Path(path)
-    places = _read_tasks(tasks_file(path) or path/TASKS)
+    places = read_places(tasks_file(path) or path/TASKS)
     images = own_images(path)
     if images is None: raise FileNotFoundError(f"{path}: no folder rgb/ or images/ beside its file of tasks")
     return FolderLayout('', f'{images.name}/{{id}}', places, ('train.txt', 'test.txt'), '')

@@ -31,7 +31,7 @@ from .dataset import INDEX, PLAN, SOURCE, Dataset, all_of, images_of, strangers,
 from .mat import NYU_MAT, nyuv2_mat
 from .walks import prepare_walk
 from .derive import DERIVATIONS, convention_note
-from .packed import read_table, read_tars, tar_shards, table_files
+from .packed import packed_files, read_table, read_tars, tar_shards
 from .folders import (
     FOLDER_LAYOUTS, TASK_FILES, Folder, FolderLayout, own_images, own_layout, read_folder, tasks_file)
 
@@ -147,7 +147,7 @@ def _source_files(source)->list[Path]: # images and labels, whether they are the
 def _stamp(path:Path, layout:str)->str: # changes with the place, the tasks, the splits and the files
     content = [str(path.resolve())]
     files = [path, *path.glob('*.mat')]
-    if layout == 'table': files = table_files(path)
+    if layout in ('tars', 'table'): files = packed_files(path)
     elif layout not in ('own', 'nyuv2_mat', *FOLDER_LAYOUTS): files = [path, *path.rglob('*')]
     elif layout != 'nyuv2_mat':
         source = open_source(path, layout)
@@ -167,6 +167,7 @@ def _start_over(path:Path, out:Path):
                               "give a new folder to prepare into")
     plan = json.loads((out/PLAN).read_text('utf-8'))
     for kind in plan['files']: shutil.rmtree(inside(out, kind), ignore_errors=True)
+    (out/PLAN).unlink() # images may have come, or gone
 
 # %% ../../nbs/19_data.prepare.ipynb #c000009b
 @contextmanager
