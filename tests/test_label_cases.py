@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from partal_nb.annotate.ask import ask
 from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.tell import tell
+from partal_nb.cli import app
 from partal_nb.core import write_atomic, write_json
 from partal_nb.data.dataset import Dataset
 from partal_nb.data.derive import normals_from_depth
@@ -329,7 +331,9 @@ def test_folders_of_labels_that_are_called_otherwise_are_not_dropped(tmp_path):
     assert 'left out: 1 files of masks/, e.g. x.png' in check(folder, progress=False).notes
     with pytest.raises(FileNotFoundError, match='no folder of labels; expected a folder with rgb/ and any of semseg/'):
         by_prepare(folder, 'semseg', tmp_path)
-    with pytest.raises(ValueError, match='there is nothing to label'): by_init(folder, 'semseg', tmp_path)
+    said = CliRunner().invoke(app, ['init', str(folder), '--project', str(folder/'project')]).output # asked anew, and said
+    assert said.splitlines()[:2] == ['left out: 1 files of masks/, e.g. x.png',
+                                     '2 images to ask for, with labels already: 0 semseg']
 
 def test_photographs_may_lie_behind_a_link(tmp_path):
     folder = came(tmp_path/'mine', SEMSEG, '.png', png(np.uint8(IDS)))

@@ -76,6 +76,10 @@ InProject = Annotated[Path, typer.Option('--project', '-p', help="Folder of the 
 
 # %% ../../nbs/98_commands.project.ipynb #a98f0005
 def _show_project(p):
+    from partal_nb.data.folders import Folder
+    from partal_nb.data.prepare import left_out
+    source = p.source()
+    for line in left_out(source, but=p.folder) if isinstance(source, Folder) else (): typer.echo(line)
     with p.ledger() as ledger: there = ', '.join(f'{n} {t}' for t, n in ledger.counts().items())
     typer.echo(f"{len(p.images)} images to ask for, with labels already: {there}")
     if p.val: typer.echo(f'{len(p.val)} test images to measure on')

@@ -257,6 +257,7 @@ def _kind_of(source:Folder)->str:
 # %% ../../nbs/19_data.prepare.ipynb #34a98b33
 def left_out(
     source:Folder,
+    but=None, # a folder inside that isn't looked into
 )->list[str]: # a line for each folder
     "What lies in a folder and is not read"
     names = 'rgb', *source.tasks
@@ -264,13 +265,17 @@ def left_out(
     used = {f.parent for f in taken}
     found = []
     for folder in sorted(p for p in source.path.rglob('*') if p.is_dir() and p.name[0] != '.'):
+        if but and folder.resolve().is_relative_to(Path(but).resolve()): continue
         files = [f for f in folder.iterdir() if f.is_file() and f.name[0] != '.' and f not in taken]
         if not files or folder in used and len(files) < 2 and not files[0].suffix: continue
         found.append(f'left out: {len(files)} files of {folder.relative_to(source.path)}/, e.g. {files[0].name}')
-    empty = [n for n in source.places if n not in source.tasks] if source.layout.is_own else []
-    found += [f'left out: task {n}, there is no folder {n}/' for n in empty]
     unlisted = len(set(source.ids('rgb')) - set(images_of(source.splits)))
     return found + [f'left out: {unlisted} images that no list names']*bool(unlisted)
+
+# %% ../../nbs/19_data.prepare.ipynb #d49ab506
+def _empty(source:Folder)->list[str]: # a line for each task of a file of tasks that has no labels
+    names = [n for n in source.places if n not in source.tasks] if source.layout.is_own else []
+    return [f'left out: task {n}, there is no folder {n}/' for n in names]
 
 # %% ../../nbs/19_data.prepare.ipynb #9ace79f2
 def check(
@@ -291,7 +296,7 @@ def check(
     faults += [Fault('', name, f"{source.path} (task {name}): {why}") for name, why in lacking.items() if why]
     faults += [Fault(*stranger) for stranger in strangers(source)]
     if isinstance(source, Dataset): faults += _changed(source, faults)
-    notes = [] if isinstance(source, Dataset) else [f'taken for {_kind_of(source)}', *left_out(source)]
+    notes = [] if isinstance(source, Dataset) else [f'taken for {_kind_of(source)}', *left_out(source), *_empty(source)]
     notes += [t.form.remark(t, seen[name]) for name, t in source.tasks.items()]
     notes += [_convention(source, name) for name in source.tasks]
     return Checked(source.name, counts, faults, tuple(filter(None, notes)))
