@@ -213,12 +213,16 @@ MISSING = {
         'a figure is not drawn',
     '[...document.images].some(i => !i.naturalWidth)': 'a picture is not there'}
 
+def looked_at(names): # pages written by hand, and of the reference, which looks alike throughout, every fourth
+    reference = [n for n in names if '.' in Path(n).stem]
+    return list(names) if os.environ.get('PARTAL_LONG') else sorted(set(names) - set(reference)) + reference[::4]
+
 @pytest.mark.parametrize('width,scheme', [(390, 'light'), (1280, 'dark')])
-def test_every_page_in_a_browser(pages, browser, width, scheme):
+def test_pages_in_a_browser(pages, browser, width, scheme):
     "No other host is asked, no error raised, figures and pictures are there, none is too wide, dark is dark"
     page = opened(browser, width, scheme)
     faults = page.faults
-    for name in pages:
+    for name in looked_at(pages):
         page.goto(browser[1] + name, wait_until='load')
         page.evaluate('window.drawFigures && drawFigures()') # those beyond the screen, too
         wide = page.evaluate('document.documentElement.scrollWidth')

@@ -174,7 +174,7 @@ def test_killed_at_any_moment(tmp_path):
     assert Child(config, tmp_path/'whole').end() == (0, '')
     folder, states = tmp_path/'run', []
     for n in count(1):
-        code, error = Child(config, folder).end(.03*n)
+        code, error = Child(config, folder).end(.06*n)
         if code == 0: break
         assert (code, error) == (-signal.SIGKILL, '')
         states.append(tuple(contents(folder)) if folder.exists() else ())
@@ -279,7 +279,8 @@ def test_some_labels_do_not_exist(tmp_path, data):
     train = Dataset(data).splits['train']
     lost = {(train[n], t) for t, ids in dict(depth=range(4), normals=range(2, 8)).items() for n in ids}
     for i, t in lost: Dataset(data).file(i, t).unlink()
-    for strategy in STRATEGIES:
+    kinds = {(f.choices.pick, f.choices.unit, f.choices.shares): name for name, f in STRATEGIES.items()}
+    for strategy in kinds.values(): # the score is no matter here
         config = replace(TINY, data=str(data), pool_images=0, start_images=2, step_pairs=10, strategy=strategy)
         run(config, tmp_path/strategy, progress=False)
         bought = [e[:2] for e in result(tmp_path/strategy)['events']]
