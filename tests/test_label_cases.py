@@ -331,7 +331,7 @@ def test_folders_of_labels_that_are_called_otherwise_are_not_dropped(tmp_path):
     assert 'left out: 1 files of masks/, e.g. x.png' in check(folder, progress=False).notes
     with pytest.raises(FileNotFoundError, match='no folder of labels; expected a folder with rgb/ and any of semseg/'):
         by_prepare(folder, 'semseg', tmp_path)
-    said = CliRunner().invoke(app, ['init', str(folder), '--project', str(folder/'project')]).output # asked anew, and said
+    said = CliRunner().invoke(app, ['init', str(folder), '--project', str(folder/'project')]).output
     assert said.splitlines()[:2] == ['left out: 1 files of masks/, e.g. x.png',
                                      '2 images to ask for, with labels already: 0 semseg']
 
