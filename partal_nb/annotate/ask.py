@@ -31,10 +31,10 @@ from ..runs.schema import AFTER
 from ..runs.ledger import Ledger
 from ..runs.journal import Steps
 from .arrays import given_labels, kept_labels, project_arrays, some_arrays
-from .files import change_lines
+from .files import change_lines, clear_leftovers, keep_backup
 from .plan import WholePurchase, prices_now
 from .project import (
-    Changed, Project, changed_files, keep_backup, open_project)
+    Changed, Project, changed_files, open_project)
 
 # %% ../../nbs/87_annotate.ask.ipynb #ec27d726
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def ask(
         batch = read_batch(p, r, new)
         if not is_asked(ledger, r): ledger.ask(_unanswered(batch.queries, ledger), r)
         keep_backup(p, ledger)
+        clear_leftovers(p, ledger)
     return replace(batch, notes=tuple(change_lines(away)))
 
 # %% ../../nbs/87_annotate.ask.ipynb #G8700001

@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable
 
-from ..core import write_json
+from ..core import many, write_json
 from ..tasks import Pair
 from ..data.dataset import has_label
 from ..data.labels import image_size
 from ..runs.ledger import Entry
-from .files import Changed, copy_images, image_folder
+from .files import Changed, clear_leftovers, copy_images, image_folder, keep_backup
 from .plan import held_out_images, read_plain
-from .project import Project, changed_files, keep_backup, keep_label, open_project, take
-from .tell import many
+from .project import Project, changed_files, keep_label, open_project, take
 
 # %% ../../nbs/88a_annotate.images.ipynb #84f980fb
 @dataclass
@@ -53,6 +52,7 @@ def add(
             away = changed_files(p, ledger)
             took = _tell_beside(p, ledger, source, away, problems)
             keep_backup(p, ledger)
+            clear_leftovers(p, ledger)
         _take_again(p, source, () if edited else away.edited)
     return Added(new, took, [*problems, *source.faults])
 

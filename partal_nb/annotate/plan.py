@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from ..core import check_from_0, derive_seed
+from ..core import check_from_0, derive_seed, many
 from ..tasks import STANDARD_TASKS, Encoding, Task, make_encoding
 from ..data.entries import PROJECT_KEYS, own_task, split_entry
 from ..config import RunConfig, config_from_dict
@@ -215,8 +215,8 @@ def pick(
     "What a budget buys"
     if not pool.open.any():
         out = int((~pool.labeled).sum())
-        why = (f"{out} pairs are not labeled, but with annotators, in their cool-down or set aside; "
-               "import what came back" if out else "every pair is labeled")
+        why = (f"{many(out, 'unlabeled pair(s)')}, with annotators, in cool-down or set aside; import what came back"
+               if out else "every pair is labeled")
         raise ValueError(f"nothing is left to ask: {why}")
     if scores is None: strategy, context = 'random', Context()
     else: strategy, context = strategy_of(p.config), Context(min(max(len(p.files.trained()) - 1, 0)/(ROUNDS - 1), 1.))

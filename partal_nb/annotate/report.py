@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..core import write_atomic
+from ..core import many, write_atomic
 from ..tasks import METRIC_NAMES, TASK_COLORS, Pair
 from ..reports.figures import panels, spending
 from ..reports.page import Part, page_html
@@ -24,7 +24,7 @@ from ..reports.read import RunRecord, metric_unit
 from .project import Project, open_project
 from .ask import LEAST_LABELS, project_acquisition, read_batch
 from .status import Status, status
-from .tell import amount, many
+from .tell import amount
 
 # %% ../../nbs/89a_annotate.report.ipynb #21094d24
 def asked_table(

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/89_annotate.status.ipynb #5342e95a
+from ..core import many
 from ..tasks import Pair
 from ..pool import Pool, scores_from_rows
 from ..uncertainty.acquisition import FEATURES, need_names
@@ -24,7 +25,7 @@ from ..reports.read import metric_unit
 from .files import Changed, change_lines
 from .project import Project, changed_files, open_project
 from .plan import pick, prices_now
-from .tell import amount, many
+from .tell import amount
 
 # %% ../../nbs/89_annotate.status.ipynb #68bd9232
 def load_network(

@@ -76,10 +76,6 @@ InProject = Annotated[Path, typer.Option('--project', '-p', help="Folder of the 
 
 # %% ../../nbs/98_commands.project.ipynb #a98f0005
 def _show_project(p):
-    from partal_nb.data.folders import Folder
-    from partal_nb.data.prepare import left_out
-    source = p.source()
-    for line in left_out(source, but=p.folder) if isinstance(source, Folder) else (): typer.echo(line)
     with p.ledger() as ledger: there = ', '.join(f'{n} {t}' for t, n in ledger.counts().items())
     typer.echo(f"{len(p.images)} images to ask for, with labels already: {there}")
     if p.val: typer.echo(f'{len(p.val)} test images to measure on')
@@ -109,7 +105,7 @@ def init(
         for field in sorted({'data', 'tasks', 'preset'} & set(changed)):
             raise ValueError(f"--set {field}=…: can't be set here, see --help")
         kept = dict(cooldown=cooldown, val_share=val_share, min_gain=min_gain, labels_from=labels_from or '')
-        p = init(data, project, tasks, **kept, **changed)
+        p = init(data, project, tasks, say=typer.echo, **kept, **changed)
         _show_project(p)
 
 # %% ../../nbs/98_commands.project.ipynb #ced0c207
@@ -243,7 +239,8 @@ def remove(
 ):
     "Neither ask for images nor train on them any more; their labels stay in the ledger."
     with plain_errors():
-        from partal_nb.annotate.images import many, remove
+        from partal_nb.core import many
+        from partal_nb.annotate.images import remove
         typer.echo(f"{many(remove(project, images, undo), 'image(s)')} removed")
 
 # %% ../../nbs/98_commands.project.ipynb #a645b40f

@@ -114,7 +114,8 @@ def open_source(
     if layout == 'dataset': return Dataset(path, strict=False)
     if layout == 'own': return Folder(path, own_layout(path))
     if layout in FOLDER_LAYOUTS: return Folder(path, FOLDER_LAYOUTS[layout])
-    raise ValueError(f"{path}: packed files can not be looked into image by image; prepare it and look into that")
+    raise ValueError(f"{path}: packed files can not be looked into image by image; give `partal prepare {path} FOLDER` "
+                     "and look into FOLDER")
 
 # %% ../../nbs/19_data.prepare.ipynb #f7eae46f
 def prepare(
