@@ -68,7 +68,7 @@ def bench(
     quick:Annotated[bool, typer.Option(
         help="Small inputs: whether everything runs and agrees, not how fast it is.")]=False,
     grow:Annotated[bool, typer.Option(
-        help="Also time and memory for pools of a thousand to a million images; minutes.")]=False,
+        help="Also time and memory for pools of a thousand to ten million images; minutes, 8 GB of memory.")]=False,
     out:Annotated[Optional[Path], typer.Option(help="JSON file to write.")]=None,
 ):
     "Measure the fast ways against the plain ones; exit code 1 if their results disagree."

@@ -33,6 +33,6 @@ def bench(
         made['lines'].append(measure(name, quick))
         report(line_text(made['lines'][-1]))
         if out: write_json(out, made)
-    if grow: made['growth'] = growth((100, 1_000) if quick else (1_000, 10_000, 100_000, 1_000_000))
+    if grow: made['growth'] = growth((100, 1_000)) if quick else growth()
     if out: write_json(out, made)
     return made

@@ -309,3 +309,11 @@ def _fed(config:RunConfig, N:int, steps:int, turns:int)->dict:
 def _feed_gpu(quick:bool)->dict:
     config = preset('nyuv2', device='cuda', pretrained=False, train_by='steps', train_for=30)
     return _fed(config, 16 if quick else 64, 3 if quick else 30, 1 if quick else 5)
+
+# %% ../../nbs/75_dev.network_speed.ipynb #bb7e493e
+@bench_line('feed_cpu', 'steps on one batch / steps that read theirs, nyuv2_small, CPU', least=.95)
+def _feed_cpu(quick:bool)->dict:
+    small:dict[str, Any] = dict(height=48, width=64) if quick else {}
+    steps = 2 if quick else 12
+    config = preset('nyuv2_small', device='cpu', pretrained=False, train_by='steps', train_for=steps, **small)
+    return _fed(config, 16 if quick else 64, steps, 1 if quick else 9)
