@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'COLOR_BLIND', 'TO_CONES', 'FROM_CONES', 'same_image', 'say_once', 'many', 'derive_seed', 'set_seed',
-           'pick_device', 'write_atomic', 'write_json', 'inside', 'cache_dir', 'check_from_0', 'origin', 'add_entry',
-           'oklab', 'as_seen', 'distinct_colors']
+           'pick_device', 'write_atomic', 'write_json', 'inside', 'ordinary', 'cache_dir', 'check_from_0', 'origin',
+           'add_entry', 'oklab', 'as_seen', 'distinct_colors']
 
 # %% ../nbs/00_core.ipynb #c0000006
 import errno
@@ -126,6 +126,16 @@ def inside(
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"path {str(name)!r} leaves its folder {folder}; expected a relative path below it")
     return path
+
+# %% ../nbs/00_core.ipynb #55a5a947
+def ordinary(
+    path,    # of a file that may be missing
+    what:str, # it is, for the message
+):
+    "Refuse to open a pipe, which would wait forever for somebody to write"
+    file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{path} ({what}): expected a file, got a pipe, a device or a folder; take it away")
 
 # %% ../nbs/00_core.ipynb #c0000003
 def cache_dir()->Path: # made if missing

@@ -254,12 +254,15 @@ def test_nothing_is_passed_over_in_silence(project, tmp_path):
     write_atomic(first.with_suffix('.npy'), to_npy(TRUTH[first.stem][task].reshape(H, W, -1), task_of(task)))
     first.unlink()
     second.rename(second.with_suffix('.jpg'))
-    (labels.parent/'answers.csv').write_text('image,minutes,who,rejected\n7,3,Ann,\n')
+    rows = [f"{q['image']},3,Ann," for q in queries]
+    renamed, rows[2] = queries[2]['image'], '7,3,Ann,'
+    (labels.parent/'answers.csv').write_text('\n'.join(['image,minutes,who,rejected', *rows]))
     imported = tell(project.folder, 1, tmp_path/'back')
-    assert len(imported.took['told']) == len(queries) - 1
-    (_, jpeg), (_, row) = sorted(imported.refused, key=lambda r: 'answers.csv' in r[1])
-    assert f'{second.stem}.jpg (task {task}): expected .png or .npy, got .jpg' in jpeg
-    assert "no image '7' was asked for" in row
+    assert len(imported.took['told']) == len(queries) - 2
+    whys = '\n'.join(why for _, why in imported.refused)
+    assert f'{second.stem}.jpg (task {task}): expected .png or .npy, got .jpg' in whys
+    assert f"{renamed}.png (task {task}): waits for its row in answers.csv, where '7' is no image" in whys
+    assert "no image '7' was asked for" in whys and len(imported.refused) == 3
 
 def test_the_task_is_found_in_what_came_back(project, tmp_path):
     "The folder of one task, a zip of it, and one under another name with its format.json"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from partal_nb.annotate.plan import TASKS_FILE, read_tasks
@@ -202,6 +203,10 @@ def test_a_read_only_project_can_be_looked_at(project, tmp_path):
         assert len(log_lines(project.folder)) == 6 + 2
         with pytest.raises(PermissionError, match='it can be looked at, but not written'):
             correct(project.folder, asked(project)[0], 'depth', price=2.)
+        with pytest.raises(PermissionError, match='it can be looked at, but not written'):
+            tell(project.folder, 1, tmp_path/'back')
+        with pytest.raises(PermissionError, match='it can be looked at, but not written'):
+            ask(project.folder, budget=2, progress=False)
     assert as_nobody(look) == 0
     assert sorted(project.folder.rglob('*')) == before
     for f in [project.folder, *project.folder.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)
@@ -220,6 +225,27 @@ def structured(shape):
 def huge_header():
     np.save(f := io.BytesIO(), np.zeros((1, 1), np.float32))
     return f.getvalue().replace(b'(1, 1), }  ', b'(99999999999, 99999999999), }')
+
+PIPE, TORN = 'pipe.png (rgb): expected a file, got a pipe', 'torn.jpg (rgb): not a whole image'
+
+def awkward(folder): # photographs as a card and a phone leave them
+    Image.fromarray(next(iter(ROOMS.values()))['rgb']).save(f := io.BytesIO(), 'jpeg')
+    write_atomic(folder/'whole.jpg', f.getvalue())
+    write_atomic(folder/'torn.jpg', f.getvalue()[:len(f.getvalue())//2])
+    write_atomic(folder/'phone.heic', b'')
+    os.mkfifo(folder/'pipe.png')
+
+def test_images_that_are_none(project, tmp_path):
+    "A pipe, half of a photograph, a suffix that isn't read: `init` refuses and names them, `add` takes the rest"
+    awkward(tmp_path/'card')
+    said = []
+    with pytest.raises(ValueError, match='2 files can.t be used') as refused:
+        init(tmp_path/'card', tmp_path/'new', (DEPTH,), say=said.append, pretrained=False)
+    assert PIPE in str(refused.value) and TORN in str(refused.value) and not (tmp_path/'new').exists()
+    assert said == ['left out: 1 files of ./, e.g. phone.heic']
+    found = add(project.folder, [tmp_path/'card'])
+    assert found.images == ('whole',) and len(found.problems) == 3, found.problems
+    for why, text in zip(found.problems, ('1 file not taken, e.g. phone.heic', PIPE, TORN)): assert text in why
 
 def test_one_bad_file_costs_one_file(project, tmp_path):
     "A pipe, a link to itself, a structured array, an array of 10^22 numbers, nothing at all: each by its name"

@@ -22,6 +22,11 @@ def _cached(file:Path, rows, shape:tuple, dtype)->np.ndarray:
     if not file.exists(): write_npy(file, rows, shape, dtype)
     return np.load(file, mmap_mode='r', allow_pickle=False)
 
+# %% ../../nbs/48_annotate.arrays.ipynb #146dc3ba
+def _photo(source, image:str)->np.ndarray: # (H, W, 3) uint8
+    try: return source.rgb(image)
+    except ValueError as e: raise ValueError(f"{e}, or give `partal remove {image}`") from e
+
 # %% ../../nbs/48_annotate.arrays.ipynb #41a335d5
 def _images(p, source, ids:tuple, name:str): # (n, H, W, 3) uint8, decoded once
     from partal_nb.data.arrays import resize_rgb
@@ -29,7 +34,7 @@ def _images(p, source, ids:tuple, name:str): # (n, H, W, 3) uint8, decoded once
     stats = [(i, source.file(i, 'rgb').stat()) for i in ids]
     stamp = derive_seed(0, [(i, s.st_size, s.st_mtime_ns) for i, s in stats])
     file = p.files.cache(f'{name}-{H}x{W}-{stamp:016x}')
-    rows = (resize_rgb(source.rgb(i), H, W) for i in ids)
+    rows = (resize_rgb(_photo(source, i), H, W) for i in ids)
     return _cached(file, rows, (len(ids), H, W, 3), np.uint8)
 
 # %% ../../nbs/48_annotate.arrays.ipynb #4cc84ced

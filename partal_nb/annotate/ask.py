@@ -27,7 +27,7 @@ from ..tasks import Pair, Task
 from ..pool import Pool, Scores, scores_from_rows, write_scores
 from ..data.dataset import has_label
 from ..select.strategy import acquisition_of, needs_to_show, strategy_of
-from ..runs.schema import AFTER
+from ..runs.schema import AFTER, read_only
 from ..runs.ledger import Ledger
 from ..runs.journal import Steps
 from .arrays import given_labels, kept_labels, project_arrays, some_arrays
@@ -89,6 +89,7 @@ def _locked(p:Project):
     lock = FileLock(p.files.lock_file, blocking=False)
     try: lock.acquire()
     except Timeout as e: raise ValueError(f"another `partal ask` works on {p.folder}; wait for it") from e
+    except PermissionError as e: raise read_only(p.folder) from e
     try: yield
     finally: lock.release()
 

@@ -19,9 +19,10 @@ from typing import Iterable, Iterator
 
 import numpy as np
 
-from ..core import write_atomic, write_json
+from ..core import many, write_atomic, write_json
 from ..tasks import Pair
-from ..data.dataset import INDEX, SUFFIXES
+from ..data.dataset import INDEX
+from ..data.folders import BESIDE, READABLE, own_images
 from ..data.labels import image_size, png_bytes
 
 # %% ../../nbs/49_annotate.files.ipynb #832f989d
@@ -123,7 +124,7 @@ def images_in(
     folder:Path,
 )->list[Path]: # in the order of their names
     "The image files in a folder"
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.suffix.lower() != '.npy')
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in READABLE and f.suffix.lower() != '.npy')
 
 # %% ../../nbs/49_annotate.files.ipynb #e6655970
 def _copy_image(folder:Path, source:Path)->str: # empty, or why not
@@ -131,10 +132,17 @@ def _copy_image(folder:Path, source:Path)->str: # empty, or why not
     if target.exists() and content_hash(target) == content_hash(source): return ''
     if target.exists() or any(f.stem == source.stem for f in folder.glob(f'{glob.escape(source.stem)}.*')):
         return f"{source}: there is another image of this name in {folder}; rename one"
-    try: image_size(source)
+    try: image_size(source, whole=True)
     except (ValueError, OSError) as e: return str(e)
     write_atomic(target, source.read_bytes())
     return ''
+
+# %% ../../nbs/49_annotate.files.ipynb #ae62dd60
+def _no_images(folder:Path)->list[str]: # a line, if something lies there that can't be read
+    other = sorted(f.name for f in folder.iterdir() if f.name[0] != '.' and f.is_file()
+                   and f.suffix.lower() not in (*READABLE, *BESIDE[1:]))
+    if not other: return []
+    return [f"{folder}: {many(len(other), 'file(s)')} not taken, e.g. {other[0]}; save photographs as PNG or JPEG"]
 
 # %% ../../nbs/49_annotate.files.ipynb #32425286
 def copy_images(
@@ -150,6 +158,7 @@ def copy_images(
             continue
         if not source.exists(): raise FileNotFoundError(f"{source}: no such file or folder")
         files = images_in(source) if source.is_dir() else [source]
+        problems += _no_images(source) if source.is_dir() else []
         problems += filter(None, (_copy_image(folder, f) for f in files))
     return problems
 
@@ -160,7 +169,6 @@ def image_folder(
     "Where the images of a project lie"
     path = Path(data)
     if (path/INDEX).is_file(): raise ValueError(f"{path} is a prepared data set: prepare it again with the new images")
-    from partal_nb.data.folders import own_images
     return own_images(path) or path
 
 # %% ../../nbs/49_annotate.files.ipynb #0cac21b8

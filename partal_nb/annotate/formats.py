@@ -66,7 +66,7 @@ def _label_files(submission:Submission, task:Task, sizes:dict)->list[str]: # of 
         def is_label(n): return n.lower().endswith(LABEL_FILES) or known_image(PurePosixPath(n).stem, sizes) in sizes
         found = list(filter(is_label, there))
         if found: return found
-    if submission.refused or any(r['rejected'] for r in read_form(submission, task).values()): return []
+    if submission.refused or any(r['rejected'] for r in read_form(submission, task, sizes).values()): return []
     places = ' or '.join(p or 'the top folder' for p in folders)
     raise FileNotFoundError(f"{submission.path}: no {' or '.join(LABEL_FILES)} in {places}; "
                             f"there are {submission.names[:5] or 'no files'}. "
@@ -213,12 +213,15 @@ SENT = {'images', 'guess', 'uncertainty'} # folders that went out
 # %% ../../nbs/85_annotate.formats.ipynb #9a89c095
 def _json_format(submission:Submission, names:list)->tuple: # its name or '', and why a file can't be read
     torn = None
+    form = any(PurePosixPath(n).name == 'answers.csv' for n in names) # it may hold all that there is to say
     for n in (n for n in names if n.lower().endswith('.json')):
         try: content = read_json(submission.bytes(n), n)
         except ValueError as e: torn = torn or e
         else:
             if is_label_studio(content): return 'label-studio', None
             if is_coco(content): return 'coco', None
+            if not form and PurePosixPath(n).name not in OURS: torn = torn or ValueError(
+                f"{n}: neither a full export of Label Studio nor COCO; in Label Studio choose JSON, not JSON-MIN")
     return '', torn
 
 # %% ../../nbs/85_annotate.formats.ipynb #ea514c9f

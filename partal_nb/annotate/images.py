@@ -26,12 +26,13 @@ class Added:
     images:tuple   # ids that are new
     took:dict      # outcome of `Ledger.tell` -> pairs, of labels beside the images
     problems:list  # files that are not taken, and why
+    left_out:list  # folders with files that are not read
 
     def __str__(self):
         labels = {k: len(v) for k, v in self.took.items() if k in ('told', 'corrected')}
         lines = [many(len(self.images), 'new image(s)'), f"{many(labels.get('told', 0), 'new label(s)')} beside them, "
                  f"{many(labels.get('corrected', 0), 'correction(s)')}"]
-        return '\n'.join(lines + [f'  {why}' for why in self.problems])
+        return '\n'.join(lines + self.left_out + [f'  {why}' for why in self.problems])
 
 # %% ../../nbs/88a_annotate.images.ipynb #abfbf79b
 def add(
@@ -41,6 +42,7 @@ def add(
     edited:bool=False,  # take images whose content changed as they are now
 )->Added:
     "Take what is new: images, and labels beside them"
+    from partal_nb.data.prepare import left_out
     p = open_project(folder)
     with p.files.locked():
         problems = copy_images(image_folder(p.data), sources, every)
@@ -54,7 +56,7 @@ def add(
             keep_backup(p, ledger)
             clear_leftovers(p, ledger)
         _take_again(p, source, () if edited else away.edited)
-    return Added(new, took, [*problems, *source.faults])
+    return Added(new, took, [*problems, *source.faults], left_out(source, but=p.folder))
 
 # %% ../../nbs/88a_annotate.images.ipynb #36cc902d
 def _new_images(p:Project, source, problems:list)->tuple: # ids
@@ -62,7 +64,7 @@ def _new_images(p:Project, source, problems:list)->tuple: # ids
     found = []
     for image in held_out_images(source)[0]:
         if image in known: continue
-        try: image_size(source.file(image, 'rgb'))
+        try: image_size(source.file(image, 'rgb'), whole=True)
         except (ValueError, OSError) as e: problems.append(str(e))
         else: found.append(image)
     return tuple(found)

@@ -28,7 +28,7 @@ from ..select.prices import Prices, prices_from_dict
 from .query import QUERY_FILES
 from .plan import open_images, priced, project_config, read_plain, read_tasks, held_out_images
 from ..plugins import imports, load_recorded, where_now
-from ..runs.schema import LostLedger, TornLedger
+from ..runs.schema import LostLedger, TornLedger, read_only
 from ..runs.ledger import Entry, Ledger, read_labeled
 from ..runs.journal import Steps
 from ..runs.folder import RunFolder
@@ -141,13 +141,15 @@ class ProjectLedger(ProjectSettings):
     def names(self)->tuple: return tuple(t.name for t in self.tasks) # of the tasks
     def task(self, name:str)->Task: return self.tasks[self.names.index(name)] # of this name
 
-    def ledger(self, create:bool=False)->Ledger: # opened; use `with`
+    def ledger(self, create:bool=False, write:bool=False)->Ledger: # opened; `write`: refuse one that can only be read
         "The project's ledger; only `init` creates it"
         try: ledger = Ledger(self.files.ledger_file, self.images, self.tasks, create=create, grow=True)
         except (LostLedger, TornLedger) as e: raise type(e)(f"{e}; {self._cure()}") from e
         missing = 0 if create else self._behind(ledger)
-        if not missing: return ledger
+        denied = write and ledger.read_only
+        if not missing and not denied: return ledger
         ledger.close()
+        if denied: raise read_only(ledger.path)
         raise LostLedger(f"{ledger.path}: its backup knows {missing} events more; it is an older one; {self._cure()}")
 
     def _behind(self, ledger:Ledger)->int: # how many events the newest backup has beyond
@@ -278,11 +280,10 @@ def _read_plan(file)->dict: # of a file of tasks
 
 # %% ../../nbs/86_annotate.project.ipynb #a4231698
 def _planned(data, tasks, folder:Path, say:Callable)->tuple: # the plan of a new project, its images
-    from partal_nb.data.folders import Folder
     from partal_nb.data.prepare import left_out
     plan = _read_plan(tasks) if isinstance(tasks, (str, Path)) else priced(tuple(tasks or ()))
     source = open_images(data, plan['tasks'], plan.get('encodings', {}))
-    for line in left_out(source, but=folder) if isinstance(source, Folder) else (): say(line)
+    for line in left_out(source, but=folder): say(line)
     return plan if tasks else priced(tuple(source.tasks.values())), source
 
 # %% ../../nbs/86_annotate.project.ipynb #84cac934
@@ -339,7 +340,7 @@ def _import_labels(p:Project, source, only:set|None)->tuple[list, list]: # entri
     entries, seen = [], {name: [] for name in p.names}
     faults = [*source.faults, *[text for *_, text in strangers(source)]]
     for i in (*p.images, *p.val):
-        try: image_size(source.file(i, 'rgb'))
+        try: image_size(source.file(i, 'rgb'), whole=True)
         except (ValueError, OSError) as e: faults.append(str(e))
     for i, t in product(p.images, p.tasks):
         if not has_label(source, i, t.name) or only is not None and Pair(i, t.name) not in only: continue

@@ -26,7 +26,7 @@ from PIL import Image
 from ..core import inside
 from ..tasks import Encoding, Task
 from ..data.labels import check_label, decode_label, png_bytes
-from .query import ANSWER_COLUMNS, SLACK, Answer, legend
+from .query import ANSWER_COLUMNS, SLACK, Answer, image_of_file, legend
 
 # %% ../../nbs/81_annotate.submission.ipynb #de5869e5
 LIMITS = dict(members=200_000, bytes=64 << 30, largest=1 << 30, ratio=100, small=1 << 28) # `ratio` above `small` bytes
@@ -198,12 +198,13 @@ def find_json(
 def read_form(
     submission:Submission, # what came back
     task:Task,
+    sizes:dict,            # image id → (H, W), of all that was asked for
 )->dict: # image id → row
     "The filled-in form `answers.csv`, if there is one"
     found = submission.find([f'{task.name}/', '', 'labels/'], ['answers.csv'])
     if not found: return {}
     name = found[0]
-    rows, columns = _csv_rows(submission.bytes(name), name)
+    rows, columns, mark = _csv_rows(submission.bytes(name), name)
     if 'image' not in columns or set(columns) - set(ANSWER_COLUMNS):
         raise ValueError(f"{name}: expected the columns {', '.join(ANSWER_COLUMNS)}, "
                          f"separated by commas, semicolons or tabs, got {columns}; save it as CSV again")
@@ -213,12 +214,14 @@ def read_form(
             raise ValueError(f"{name}, line {line}: more than {len(columns)} columns; "
                              "put quotes around a text that has a comma")
         made = {k: (row.get(k) or '').strip() for k in ANSWER_COLUMNS}
-        if form.setdefault(row['image'], made) != made:
-            raise ValueError(f"{name}, line {line}: image {row['image']!r} stands there twice, not alike; leave one")
+        if mark == ';' and re.fullmatch(r'\d{1,3}(\.\d{3})+', made['minutes']): made['minutes'] += ' (1.4 or 1400?)'
+        image = image_of_file(made['image'], sizes)
+        if form.setdefault(image, made) != made:
+            raise ValueError(f"{name}, line {line}: image {image!r} stands there twice, not alike; leave one")
     return form
 
 # %% ../../nbs/81_annotate.submission.ipynb #G8100007
-def _csv_rows(data:bytes, name:str)->tuple[list, list]: # rows, columns
+def _csv_rows(data:bytes, name:str)->tuple[list, list, str]: # rows, columns, what separates them
     text = _spreadsheet_text(data)
     head = text.partition('\n')[0]
     said = head.strip().lower().removeprefix('sep=')
@@ -229,7 +232,7 @@ def _csv_rows(data:bytes, name:str)->tuple[list, list]: # rows, columns
     except csv.Error as e: raise ValueError(f"{name}: not a CSV file: {e}; save it as CSV again") from e
     columns = [c.strip() for c in reader.fieldnames or []]
     names = dict(zip(reader.fieldnames or [], columns))
-    return [{names.get(k, k): v for k, v in row.items()} for row in rows], columns
+    return [{names.get(k, k): v for k, v in row.items()} for row in rows], columns, mark
 
 # %% ../../nbs/81_annotate.submission.ipynb #e0638b8a
 def _spreadsheet_text(data:bytes)->str:
@@ -268,6 +271,12 @@ def _minutes(value, where:str)->float|None:
         raise ValueError(f"{where}: expected minutes, a number from 0, got {value!r}; correct it or leave it empty")
     return minutes
 
+# %% ../../nbs/81_annotate.submission.ipynb #a2546b72
+def _waits(task:Task, image:str, source:str, stranger:str)->Answer: # a label without its minutes would stay so
+    why = (f"{source} (task {task.name}): waits for its row in answers.csv, where {stranger!r} is no image "
+           "of the batch; correct the name there")
+    return Answer(image, task.name, source=source, problem=why)
+
 # %% ../../nbs/81_annotate.submission.ipynb #b29b3b70
 def collect(
     submission:Submission, # what came back
@@ -278,17 +287,18 @@ def collect(
     "Answers of what was found, with what the form adds to them"
     seen = set()
     yield from refused_answers(submission, task)
-    try: form = read_form(submission, task)
+    try: form = read_form(submission, task, sizes)
     except ValueError as e:
         why = f"{e}. Its {sum(1 for _ in found)} labels wait for it"
         yield Answer('answers.csv', task.name, source='answers.csv', problem=why)
         return
+    strangers = [i for i, row in form.items() if i not in sizes and any(row[k] for k in ANSWER_COLUMNS[1:])]
     for image, source, label in found:
         seen.add(image)
-        yield _answer_or_problem(task, sizes, image, source, label, form.get(image, {}))
+        if strangers and image in sizes and image not in form: yield _waits(task, image, source, strangers[0])
+        else: yield _answer_or_problem(task, sizes, image, source, label, form.get(image, {}))
     for image, row in form.items():
-        stranger = image not in sizes and any(row[k] for k in ANSWER_COLUMNS[1:])
-        if image not in seen and (row['rejected'] or stranger):
+        if image not in seen and (row['rejected'] or image in strangers):
             yield _answer_or_problem(task, sizes, image, 'answers.csv', None, row)
 
 # %% ../../nbs/81_annotate.submission.ipynb #G8100008

@@ -85,10 +85,10 @@ def tell(
     yes:bool=False,      # take minutes that are hardly true
 )->Imported:
     "Import what annotators made of a batch"
+    _check_file_format(file_format)
     p = open_project(folder)
     queries = {Pair(q['image'], q['task']): q for q in read_batch(p, batch).queries}
-    _check_file_format(file_format)
-    with p.ledger() as ledger:
+    with p.ledger(write=True) as ledger:
         if not is_asked(ledger, batch): raise ValueError(f"batch {batch} is not finished; give `partal ask` again")
         imported = Imported()
         answers = _read(p, queries, path, task, file_format, imported)
@@ -108,7 +108,7 @@ def tell(
 # %% ../../nbs/88_annotate.tell.ipynb #80bad136
 def _tasks_in(queries:dict, path, task:str)->list[str]: # that the submission has answers of
     from partal_nb.annotate.submission import Submission
-    from partal_nb.annotate.formats import declared_task
+    from partal_nb.annotate.formats import UnknownFormat, declared_task, detect_format
     asked = list(dict.fromkeys(pair.task for pair in queries))
     if task and task not in asked: raise ValueError(f"--task {task}: this batch asked for {asked}")
     if task: return [task]
@@ -120,6 +120,8 @@ def _tasks_in(queries:dict, path, task:str)->list[str]: # that the submission ha
     named = declared_task(path), submission.top.rstrip('/'), Path(path).resolve().stem
     known = [t for t in named if t in asked]
     if known: return known[:1]
+    try: detect_format(path)
+    except UnknownFormat: pass # what it is of comes first
     raise ValueError(f"{path}: which task is it of? The batch asked for {asked}: "
                      "put files into folders of these names, or name it with --task")
 
@@ -214,8 +216,9 @@ def check_minutes(
     if minutes is None or task not in usual: return
     expected = usual[task]
     most = min(DAY, max(SURE, TIMES*expected)) if expected else DAY
-    if minutes <= most: return
-    than = f'a label of {task} takes about {expected:.3g}' if most < DAY else f'a working day has {DAY}'
+    if expected/TIMES**2 <= minutes <= most: return
+    by_label = minutes < most or most < DAY
+    than = f'a label of {task} takes about {expected:.3g}' if by_label else f'a working day has {DAY}'
     raise ValueError(f"{where}: {minutes:g} minutes, but {than}; correct them, or take them with --yes")
 
 # %% ../../nbs/88_annotate.tell.ipynb #c000020b

@@ -103,7 +103,7 @@ Changes = Annotated[Optional[list[str]], typer.Option(
 Imports = Annotated[Optional[list[str]], typer.Option(
     '--import', help="A plug-in to import first: a Python file, a package folder, or a module's name. Repeatable.")]
 Data = Annotated[str, typer.Option(
-    help="Folder of a data set, or `rooms`. Default: the preset's.")]
+    help="Folder of a data set or of a labeling project, or `rooms`. Default: the preset's.")]
 Kernel = Annotated[str, typer.Option(
     '-k', '--kernel', help="Jupyter kernel to run in, e.g. one of `partal kernel install`. Default: this Python.")]
 

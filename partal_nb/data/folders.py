@@ -59,7 +59,7 @@ class FolderLayout:
 
     @property
     def looks_like(self)->str: # for a person
-        labels = ', '.join(f'{f}/' for f in self.folders)
+        labels = ', '.join(f'{f}/' for f in dict.fromkeys(self.folders))
         return f"a folder with {Path(self.images).parent}/ and any of {labels}"
 
     def fits(self, path)->bool: # is `path` a folder of this layout?

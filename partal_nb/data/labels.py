@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import patch
 
-from ..core import say_once
+from ..core import ordinary, say_once
 from ..forms import Direction, Discrete
 from ..tasks import Encoding, Task
 
@@ -44,8 +44,8 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, zlib.err
 # %% ../../nbs/12_data.labels.ipynb #c000005d
 def _not_an_image(path, what:str, why:Exception)->Exception:
     if not Path(path).is_file(): return FileNotFoundError(f"{path} ({what}): no such file")
-    size = Path(path).stat().st_size
-    return ValueError(f"{path} ({what}): not a whole image ({size:,} bytes): {why}; copy or prepare it again")
+    where = f'{path} ({what}): not a whole image ({Path(path).stat().st_size:,} bytes)'
+    return ValueError(f'{where}: {why}; copy or prepare it again')
 
 # %% ../../nbs/12_data.labels.ipynb #eab1b49d
 TURNS = { # EXIF's orientation -> how a viewer turns the stored pixels
@@ -81,6 +81,7 @@ def open_image(
     is_label=False, # do its numbers count, rather than how it looks
 )->Image.Image: # decoded, a photograph turned as viewers show it
     "An image, or an error that names the broken file"
+    ordinary(path, what)
     try:
         image = Image.open(path)
         why = is_label and not_numbers(image)
@@ -92,6 +93,7 @@ def open_image(
 
 # %% ../../nbs/12_data.labels.ipynb #75ffdf26
 def _array_of_photo(path, **how)->np.ndarray: # (H, W, 3)
+    ordinary(path, 'rgb')
     try: a = np.load(path, allow_pickle=False, **how)
     except FileNotFoundError: raise FileNotFoundError(f"{path} (rgb): no such file") from None
     except (EOFError, ValueError) as e:
@@ -107,20 +109,23 @@ def _bytes_of_photo(a:np.ndarray, path)->np.ndarray: # floats from 0 to 1, or by
 
 # %% ../../nbs/12_data.labels.ipynb #c000005b
 def image_size(
-    path, # file
+    path,             # file
+    whole:bool=False, # decode it too, as small as its format allows: is all of it there?
 )->tuple[int, int]: # height, width
-    "The size of an image as viewers show it, without decoding it"
+    "The size of an image as viewers show it"
     if Path(path).suffix.lower() == '.npy':
-        height, width, _ = _array_of_photo(path, mmap_mode='r').shape
-        return height, width
+        return _array_of_photo(path, mmap_mode='r').shape[:2] # type: ignore[return-value]
+    ordinary(path, 'rgb')
     try:
-        with Image.open(path) as image: sideways = _orientation(image) > 4 # height and width are exchanged
+        with Image.open(path) as image:
+            width, height = image.size[::-1] if _orientation(image) > 4 else image.size # on its side
+            if whole: image.draft('RGB', (width//8, height//8)) # of a JPEG; others have no smaller way
+            if whole: image.load()
     except UNREADABLE as e: raise _not_an_image(path, 'rgb', e) from e
-    return (image.width, image.height) if sideways else (image.height, image.width)
+    return height, width
 
 # %% ../../nbs/12_data.labels.ipynb #6de623d3
 DARKEST = 4096 # of 16 bit: what is darker throughout has only 12 bit, or 8, and would turn black
-
 def read_rgb(
     path, # file of a photograph
 )->np.ndarray: # (H, W, 3) uint8
@@ -187,10 +192,8 @@ def read_label(
     label = check_label(task.form.of_stored(stored, task, scale, offset), task, path)
     return task.form.complete(label.astype(task.form.dtype), path)
 
-# %% ../../nbs/12_data.labels.ipynb #f3b04892
-LABEL_FILES = '.png', '.npy' # nothing is lost in them
-
 # %% ../../nbs/12_data.labels.ipynb #b4e1e4ef
+LABEL_FILES = '.png', '.npy' # nothing is lost in them
 OWN_SIZE = '; label the image at its own size' # the cure
 
 def wrong_size(

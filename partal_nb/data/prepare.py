@@ -33,7 +33,7 @@ from .walks import prepare_walk
 from .derive import DERIVATIONS, convention_note
 from .packed import packed_files, read_table, read_tars, tar_shards
 from .folders import (
-    FOLDER_LAYOUTS, TASK_FILES, Folder, FolderLayout, own_images, own_layout, read_folder, tasks_file)
+    BESIDE, FOLDER_LAYOUTS, TASK_FILES, Folder, FolderLayout, own_images, own_layout, read_folder, tasks_file)
 
 # %% ../../nbs/19_data.prepare.ipynb #29cd96bc
 class Layout(NamedTuple):
@@ -257,17 +257,20 @@ def _kind_of(source:Folder)->str:
 
 # %% ../../nbs/19_data.prepare.ipynb #34a98b33
 def left_out(
-    source:Folder,
+    source,   # a `Folder`; of a prepared data set nothing is left out
     but=None, # a folder inside that isn't looked into
 )->list[str]: # a line for each folder
     "What lies in a folder and is not read"
+    if not isinstance(source, Folder): return []
     names = 'rgb', *source.tasks
     taken = {source.file(i, t) for t in names for i in source.ids(t)}
     used = {f.parent for f in taken}
     found = []
-    for folder in sorted(p for p in source.path.rglob('*') if p.is_dir() and p.name[0] != '.'):
+    for folder in [source.path, *sorted(p for p in source.path.rglob('*') if p.is_dir() and p.name[0] != '.')]:
         if but and folder.resolve().is_relative_to(Path(but).resolve()): continue
-        files = [f for f in folder.iterdir() if f.is_file() and f.name[0] != '.' and f not in taken]
+        beside = BESIDE[1:] if folder == source.path else () # lists, notes, files of tasks
+        files = [f for f in folder.iterdir() if f.is_file() and f.name[0] != '.' and f not in taken
+                 and f.suffix.lower() not in beside]
         if not files or folder in used and len(files) < 2 and not files[0].suffix: continue
         found.append(f'left out: {len(files)} files of {folder.relative_to(source.path)}/, e.g. {files[0].name}')
     unlisted = len(set(source.ids('rgb')) - set(images_of(source.splits)))

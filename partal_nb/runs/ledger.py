@@ -203,7 +203,8 @@ class LedgerAmend(LedgerTell):
         names = 'cost', 'source', 'minutes', 'note'
         with transaction(self):
             event = self._answer(pair)
-            if event is None: raise ValueError(f"{pair} has no answer yet, so there is nothing to correct")
+            if event is None:
+                raise ValueError(f"{pair.task} of image {pair.image!r} has no answer yet, so nothing to correct")
             now = dict(zip(names, self._history(event)[-1]))
             if facts.items() <= now.items(): return now
             now |= facts

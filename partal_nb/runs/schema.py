@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['AFTER', 'LEDGER_VERSION', 'APPEND_ONLY', 'POOL', 'EVENTS', 'CHANGES', 'SCHEMA', 'AMENDED', 'ROLLBACK', 'refusing',
-           'may_follow', 'explained', 'transaction', 'is_writable', 'connect_to_read', 'LostLedger', 'TornLedger',
-           'LedgerFile', 'LedgerVersion', 'LedgerPool', 'SharedLedger', 'RollbackLedger', 'ReadyLedger', 'OpenLedger']
+           'may_follow', 'read_only', 'explained', 'transaction', 'is_writable', 'connect_to_read', 'LostLedger',
+           'TornLedger', 'LedgerFile', 'LedgerVersion', 'LedgerPool', 'SharedLedger', 'RollbackLedger', 'ReadyLedger',
+           'OpenLedger']
 
 # %% ../../nbs/59_runs.schema.ipynb #5c4ccc12
 import errno
@@ -82,6 +83,14 @@ AMENDED = [
        LEFT JOIN amended AS a ON a.id = (SELECT max(id) FROM amended WHERE event = e.id)""",
     f'PRAGMA user_version = {LEDGER_VERSION}']
 
+# %% ../../nbs/59_runs.schema.ipynb #5d57b2ff
+def read_only(
+    path, # of a ledger, or of the folder that it is in
+)->PermissionError:
+    "What to raise where somebody wants to write"
+    return PermissionError(errno.EROFS, f"{path} is read-only: it can be looked at, but not written; "
+                                        "get the right to write to its folder, or copy the folder")
+
 # %% ../../nbs/59_runs.schema.ipynb #1c798460
 def explained(
     e:BaseException, # of SQLite
@@ -90,9 +99,7 @@ def explained(
     "An error of SQLite with its cure"
     text = str(e)
     if not isinstance(e, sqlite3.OperationalError): return e
-    if 'readonly' in text:
-        return PermissionError(errno.EROFS, f"{ledger.path} is read-only: it can be looked at, but not written; "
-                                            "get the right to write to its folder, or copy the folder")
+    if 'readonly' in text: return read_only(ledger.path)
     if 'locked' in text:
         return TimeoutError(f"{ledger.path} is locked by another process for over {ledger.wait:g} s; "
                             "end that one or run the same command again later")
