@@ -136,7 +136,7 @@ def _sample(path:Path, f:'dict[str, h5py.Dataset]', n:int, to40:np.ndarray)->dic
         depth=np.asarray(f['depths'][n - 1]).T.astype(np.float32),
         semseg=classes_from_one(np.append(0, to40)[raw]))
 
-# %% ../../nbs/16_data.mat.ipynb #d3c9ac9f
+# %% ../../nbs/16_data.mat.ipynb #ea484e79
 def mat_variables(
     path:Path, # a MATLAB file of any version
 )->set[str]: # empty: it can't be read
@@ -148,7 +148,7 @@ def mat_variables(
         with h5py.File(path, 'r') as f: return {name for name in f if name[0] != '#'}
     except mat_errors(): return set()
 
-# %% ../../nbs/16_data.mat.ipynb #72136a60
+# %% ../../nbs/16_data.mat.ipynb #646e7eb2
 def check_is_nyuv2(
     path:Path, # a MATLAB file; one that can't be read is refused later, with the reason
 ):
