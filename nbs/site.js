@@ -45,8 +45,10 @@
         let score = this.score(e, query, last);
         if (!score) continue;
         if (phrase.length > 6 && e.text.includes(phrase)) score *= 2;
-        if (query.length === e.section.size && query.every((w) => e.section.has(w))) score *= 2; // its heading, word by word
-        score *= weight(e.item.href);
+        const page = weight(e.item.href);
+        if (page > 1 && query.length === e.section.size && query.every((w) => e.section.has(w))) score *= 2; // its heading, word by word
+        if (e.item.href.includes("#term-")) score *= 1.1; // rather than the section that it is in
+        score *= page;
         found.push({ item: e.item, score });
       }
       found.sort((a, b) => b.score - a.score);

@@ -272,7 +272,8 @@ FOUND = [
 FIRST = [ # questions, whose answer is the first place
     ('install', 'index.html#install'), ('does the method help', 'index.html#does-it-help'),
     ('three seeds in parallel', 'tutorials/gpu_papermill.html'), ('convert depth png', 'tutorials/own_images.html'),
-    ('custom strategy', 'tutorials/own_strategy.html'), ('resume interrupted', 'index.html#the-run-folder'),
+    ('custom strategy', 'tutorials/own_strategy.html'),
+    ('resume interrupted', 'tutorials/gpu_papermill.html#an-interruption'),
     ('v7.3 mat', 'tutorials/own_images.html#from-a-matlab-file'), ('what ± means', 'glossary.html#term-±'),
     ('wandb', 'glossary.html#term-tracker'), ('docker', 'index.html#what-you-need')]
 

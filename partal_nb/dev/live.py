@@ -109,15 +109,16 @@ class PlotlyEmbed(Processor):
 # %% ../../nbs/08a_dev.live.ipynb #2594c8ad
 FOLD = '#| code-fold: true\n#| code-summary: "Tests"\n'
 
-# %% ../../nbs/08a_dev.live.ipynb #c26639e2
+# %% ../../nbs/08a_dev.live.ipynb #7f51f8b1
 def only_prepares(
     source:str, # of a cell
-)->bool: # imports, definitions and constants
+)->bool: # it begins with imports, or has nothing but definitions and constants
     "Whether a cell shows nothing and computes nothing that a reader looks for"
     try: body = ast.parse(source).body
     except SyntaxError: return False # a shell command
+    if body and isinstance(body[0], (ast.Import, ast.ImportFrom)): return True
     constant = lambda n: isinstance(n, ast.Assign) and not any(isinstance(x, ast.Call) for x in ast.walk(n.value))
-    return all(isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) or constant(n) for n in body)
+    return all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) or constant(n) for n in body)
 
 # %% ../../nbs/08a_dev.live.ipynb #b85ea2bb
 class FoldTests(Processor):
@@ -127,5 +128,5 @@ class FoldTests(Processor):
     def cell(self, cell):
         if cell.cell_type != 'code' or 'code-fold:' in cell.source: return
         if re.search(r'^(assert |test_\w+\()', cell.source, re.M): cell['source'] = FOLD + cell.source
-        elif self.explains and not cell.outputs and only_prepares(cell.source):
+        elif self.explains and only_prepares(cell.source):
             cell['source'] = FOLD.replace('Tests', 'Preparation') + cell.source
