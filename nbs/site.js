@@ -2,15 +2,18 @@
 (function () {
   const STOP = new Set("a an and are as at be by can do does for from get how i if in is it my of on or the to what when where which with".split(" "));
   const words = (s) => (s.toLowerCase().match(/[\p{L}\p{N}_±]+/gu) || []);
-  const stem = (w) => (w.length > 4 ? w.replace(/(ing|ed|es|s)$/, "") : w);
-  const guide = (href) => /^(tutorials\/|explain\/|index|glossary|errors|commands|results)/.test(href);
+  const SAME = new Map(Object.entries({ custom: "own", matlab: "mat", method: "strategy", continue: "resum", restart: "resum", interruption: "interrupt" }));
+  const stem = (w) => { const one = w.replace(/ies$/, "y"); return SAME.get(one) || (one.length > 4 ? one.replace(/(ing|ed|es|s|e)$/, "") : one); };
+  const WEIGHTS = [[/^index\.html/, 2.2], [/^(tutorials|explain)\//, 2], [/^(glossary|errors|results)\.html/, 1.8], [/^commands\.html/, 1.5]];
+  const weight = (href) => (WEIGHTS.find(([page]) => page.test(href.replace(/^\.\//, ""))) || [0, 1])[1];
   class WordSearch {
     constructor(entries) {
       this.entries = entries.map((item) => {
         const body = words(item.text).map(stem);
         const count = new Map();
         body.forEach((w) => count.set(w, (count.get(w) || 0) + 1));
-        return { item, count, head: new Set(words(item.title + " " + (item.section || "")).map(stem)),
+        const section = new Set(words(item.section || "").map(stem).filter((w) => !STOP.has(w)));
+        return { item, count, section, head: new Set(words(item.title + " " + (item.section || "")).map(stem)),
                  text: item.text.toLowerCase(), size: body.length };
       });
       this.seen = new Map(); // word -> entries that have it
@@ -42,7 +45,10 @@
         let score = this.score(e, query, last);
         if (!score) continue;
         if (phrase.length > 6 && e.text.includes(phrase)) score *= 2;
-        if (guide(e.item.href)) score *= 1.8;
+        const page = weight(e.item.href);
+        if (page > 1 && query.length === e.section.size && query.every((w) => e.section.has(w))) score *= 2; // its heading, word by word
+        if (e.item.href.includes("#term-")) score *= 1.1; // rather than the section that it is in
+        score *= page;
         found.push({ item: e.item, score });
       }
       found.sort((a, b) => b.score - a.score);

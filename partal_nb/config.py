@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'EXTRA_METRICS', 'BELOW_1', 'AT_LEAST', 'PRESETS', 'Fields', 'Made', 'OLD_FIELDS', 'OLD_VALUES', 'WHERE',
-           'ADDED_FIELDS', 'DataConfig', 'BuyConfig', 'ModelConfig', 'TrainConfig', 'RunConfig', 'takes_fields_of',
-           'preset', 'config_from_dict', 'config_hash', 'config_table']
+           'ADDED_FIELDS', 'DataConfig', 'BuyConfig', 'ModelConfig', 'TrainConfig', 'RunConfig', 'did_you_mean',
+           'takes_fields_of', 'preset', 'config_from_dict', 'config_hash', 'config_table']
 
 # %% ../nbs/04_config.ipynb #c0000013
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Callable, Concatenate, Iterable, ParamSpec, TypeVar
 
 # %% ../nbs/04_config.ipynb #7a084499
@@ -125,6 +126,15 @@ AT_LEAST = dict(
     lr=0, weight_decay=0, poly_power=0,
     step_money=0, open_price=0, label_cap=0, views=0, pool_seed=0)
 
+# %% ../nbs/04_config.ipynb #76def3c5
+def did_you_mean(
+    names:Iterable[str], # that are unknown
+    known:Iterable[str],
+)->str: # '' if none is near
+    "The end of a message: the known names that are nearest to unknown ones"
+    near = [n for name in names for n in get_close_matches(str(name), list(known), 1)]
+    return f"; did you mean {' and '.join(map(repr, near))}?" if near else ''
+
 # %% ../nbs/04_config.ipynb #3c4788f4
 def _check_type(c:RunConfig, name:str, expected):
     kind = getattr(expected, '__origin__', expected)
@@ -138,7 +148,8 @@ def _check_config(c:RunConfig):
     for f in fields(c): _check_type(c, f.name, f.type)
     for k, known in CHOICES.items():
         v = getattr(c, k)
-        if v not in known: raise ValueError(f"config {k}: unknown {v!r}; there are {list(known)}")
+        if v not in known:
+            raise ValueError(f"config {k}: unknown {v!r}; there are {list(known)}{did_you_mean([v], known)}")
     for k, least in AT_LEAST.items():
         v = getattr(c, k)
         if v < least: raise ValueError(f"config {k}: expected at least {least}, got {v}")
@@ -193,7 +204,8 @@ def preset(
     **changes, # fields that differ
 )->RunConfig:
     "The configuration called `name`, with `changes`"
-    if name not in PRESETS: raise ValueError(f"unknown preset {name!r}; there are {list(PRESETS)}")
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {list(PRESETS)}{did_you_mean([name], PRESETS)}")
     return config_from_dict(dict(dict(PRESETS[name], preset=name), **changes))
 
 # %% ../nbs/04_config.ipynb #ce32808a
@@ -208,7 +220,7 @@ def config_from_dict(
     known = [f.name for f in fields(RunConfig)]
     d = {OLD_FIELDS.get(k, k): v for k, v in d.items()}
     unknown = sorted(set(d) - set(known))
-    if unknown: raise ValueError(f"unknown config keys {unknown}; there are {known}")
+    if unknown: raise ValueError(f"unknown config keys {unknown}; there are {known}{did_you_mean(unknown, known)}")
     for k, values in OLD_VALUES.items():
         if isinstance(d.get(k), str): d[k] = values.get(d[k], d[k])
     return RunConfig(**d)

@@ -114,6 +114,19 @@ def test_a_tutorial_ends_with_its_checks(path):
     assert last['cell_type'] == 'code' and 'assert ' in ''.join(last['source'])
     assert '## Checks' in ''.join(before['source'])
 
+def without_picture(path): # live figures that a viewer without scripts can't show
+    cells = json.loads(path.read_text('utf-8'))['cells']
+    data = [o.get('data', {}) for c in cells for o in c.get('outputs', [])]
+    return sum('application/vnd.plotly.v1+json' in d and 'image/png' not in d for d in data)
+
+def test_a_picture_is_stored_beside_each_live_figure(tmp_path):
+    "`show_static()` does it; the notebooks of recorded runs stay as they were made"
+    pages = [p for p in sorted(NBS.rglob('*.ipynb')) if 'results' not in p.relative_to(NBS).parts[:-1]]
+    assert [p.relative_to(NBS).as_posix() for p in pages if without_picture(p)] == []
+    live = dict(outputs=[dict(data={'application/vnd.plotly.v1+json': {}})])
+    (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[live])))
+    assert without_picture(tmp_path/'x.ipynb') == 1
+
 def test_cite_names_the_version(): assert f'version = {{{__version__}}}' in (NBS/'cite.qmd').read_text('utf-8')
 
 def page_of(module): return f"{'front' if module == 'partal_nb.__init__' else module.removeprefix('partal_nb.')}.html"
@@ -250,28 +263,43 @@ FOUND = [
     ('boundary_counts', 'boundaries.html#boundary_counts'), # a function
     ('Masksembles', 'model.dropout.html'), ('injection', 'model.padnet.html'), # terms of the papers
     ('how to cite', 'cite.html'), ('partal prepare', 'commands.html#partal-prepare'),
-    # questions
-    ('three seeds in parallel', 'tutorials/gpu_papermill.html'), ('convert depth png', 'tutorials/own_images.html'),
-    ('export to CVAT', 'annotate.cvat.html'), ('what ± means', 'glossary.html'), ('install', 'index.html'),
+    ('export to CVAT', 'annotate.cvat.html'),
     # messages, also with one's own mistake in them
     ("device 'cuda' asked for, but PyTorch sees no GPU; use --set", 'errors.html#names-that-do-not-exist'),
     ("partal: unknown preset 'nyu3'; there are ['demo', 'rooms'", 'errors.html#names-that-do-not-exist'),
     ('expected field=value', 'commands.common.html')]
 
-@pytest.mark.parametrize('query,place', FOUND)
-def test_search_finds(browser, query, place):
+FIRST = [ # questions, whose answer is the first place
+    ('install', 'index.html#install'), ('does the method help', 'index.html#does-it-help'),
+    ('three seeds in parallel', 'tutorials/gpu_papermill.html'), ('convert depth png', 'tutorials/own_images.html'),
+    ('custom strategy', 'tutorials/own_strategy.html'),
+    ('resume interrupted', 'tutorials/gpu_papermill.html#an-interruption'),
+    ('v7.3 mat', 'tutorials/own_images.html#from-a-matlab-file'), ('what ± means', 'glossary.html#term-±'),
+    ('wandb', 'glossary.html#term-tracker'), ('docker', 'index.html#what-you-need')]
+
+def searched(browser, query):
     page = opened(browser, 1280)
     page.goto(browser[1] + 'index.html', wait_until='load')
     page.fill('.smalldocs-search input', query)
     page.wait_for_selector('.search-result, .search-none')
     found = [a.get_attribute('href').removeprefix('./') for a in page.query_selector_all('.search-result')]
-    assert any(f.startswith(place) for f in found), found
     page.close()
+    return found
+
+@pytest.mark.parametrize('query,place', FOUND)
+def test_search_finds(browser, query, place):
+    found = searched(browser, query)
+    assert any(f.startswith(place) for f in found), found
+
+@pytest.mark.parametrize('query,place', FIRST)
+def test_search_finds_first(browser, query, place):
+    assert searched(browser, query)[0].startswith(place)
 
 AXE = """axe.run(document, {resultTypes: ['violations']}).then(r => r.violations
     .filter(v => ['serious', 'critical'].includes(v.impact))
     .map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 120)]))"""
-LOOKED_AT = ('index', 'results', 'glossary', 'commands', 'tasks', 'tutorials/first_run', 'explain/replication_results')
+LOOKED_AT = ('index', 'results', 'glossary', 'commands', 'tasks', 'tutorials/first_run', 'explain/replication_results',
+             'commands.runs', 'commands.project', 'cli', 'tutorials/reading_a_report')
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_nothing_serious_for_who_uses_a_keyboard_or_a_reader(browser, scheme):

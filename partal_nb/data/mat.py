@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NYU40', 'NYU_TASKS', 'NYU_LICENSE', 'NYU_MAT', 'MAT_KEYS', 'COMPANIONS', 'PART_OF', 'VOC_PERSON', 'INDOOR', 'DEPTH',
-           'NORMALS', 'check_bytes', 'classes_from_one', 'mat_errors', 'mat_problem', 'nyuv2_mat', 'read_raw',
-           'people_or_void', 'merged_parts', 'context_edges', 'classes_or_void', 'meters', 'unit_vectors',
-           'toward_viewer', 'y_turned', 'above_half', 'agreed', 'indoor_normals']
+           'NORMALS', 'check_bytes', 'classes_from_one', 'mat_errors', 'mat_problem', 'mat_variables', 'check_is_nyuv2',
+           'nyuv2_mat', 'read_raw', 'people_or_void', 'merged_parts', 'context_edges', 'classes_or_void', 'meters',
+           'unit_vectors', 'toward_viewer', 'y_turned', 'above_half', 'agreed', 'indoor_normals']
 
 # %% ../../nbs/16_data.mat.ipynb #c0000082
 import zlib
@@ -136,6 +136,29 @@ def _sample(path:Path, f:'dict[str, h5py.Dataset]', n:int, to40:np.ndarray)->dic
         depth=np.asarray(f['depths'][n - 1]).T.astype(np.float32),
         semseg=classes_from_one(np.append(0, to40)[raw]))
 
+# %% ../../nbs/16_data.mat.ipynb #ea484e79
+def mat_variables(
+    path:Path, # a MATLAB file of any version
+)->set[str]: # empty: it can't be read
+    "Names of what a MATLAB file holds"
+    import h5py # heavy
+    from scipy.io import whosmat # heavy
+    try:
+        if not h5py.is_hdf5(path): return {name for name, *_ in whosmat(path)}
+        with h5py.File(path, 'r') as f: return {name for name in f if name[0] != '#'}
+    except mat_errors(): return set()
+
+# %% ../../nbs/16_data.mat.ipynb #646e7eb2
+def check_is_nyuv2(
+    path:Path, # a MATLAB file; one that can't be read is refused later, with the reason
+):
+    "Refuse a MATLAB file of something else"
+    there = mat_variables(path)
+    lacks = [key for key in MAT_KEYS if key not in there]
+    if there and lacks:
+        raise ValueError(f"{path}: this is not NYUv2's {NYU_MAT}: it has the variables {sorted(there)}, not {lacks}. "
+                         "'From a MATLAB file' in the tutorial own_images makes a folder of a file of your own")
+
 # %% ../../nbs/16_data.mat.ipynb #a8f981a7
 def nyuv2_mat(
     path,               # the official file, or its folder
@@ -147,6 +170,7 @@ def nyuv2_mat(
 )->Dataset:
     "NYUv2 from its official file"
     path = Path(path)/NYU_MAT if Path(path).is_dir() else Path(path)
+    check_is_nyuv2(path)
     [to40] = _read_companion(mapping or path.parent/'classMapping40.mat', 'classMapping40.mat')
     train, test = _read_companion(splits or path.parent/'splits.mat', 'splits.mat')
     tasks = NYU_TASKS[:3 if normals else 2]

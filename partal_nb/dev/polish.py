@@ -152,7 +152,7 @@ def index_texts(
 ):
     "Let the search find what is written and printed, and no tests"
     index = site/'search.json'
-    entries = json.loads(index.read_text('utf-8'))
+    entries = [e for e in json.loads(index.read_text('utf-8')) if e.get('section') != 'Checks']
     pages = {e['objectID'].partition('#')[0] for e in entries}
     texts = {page: section_texts((site/page).read_text('utf-8')) for page in pages}
     for e in entries:

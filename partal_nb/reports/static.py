@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+from PIL import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plotly.io.base_renderers import MimetypeRenderer
@@ -162,9 +163,11 @@ def static_figure(
 def static_png(
     fig:Any, # of plotly
 )->bytes:
-    "The figure as a PNG"
-    out = io.BytesIO()
-    static_figure(fig).savefig(out, format='png', bbox_inches='tight')
+    "The figure as a PNG of 64 colors, which takes a quarter of the room"
+    drawn, out = io.BytesIO(), io.BytesIO()
+    static_figure(fig).savefig(drawn, format='png', bbox_inches='tight')
+    few = Image.open(drawn).convert('RGB').quantize(64, dither=Image.Dither.NONE)
+    few.save(out, 'PNG', optimize=True)
     return out.getvalue()
 
 # %% ../../nbs/71a_reports.static.ipynb #625704cc

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ..core import add_entry
+from ..config import did_you_mean
 from ..pool import Context, Picks, Pool, Scores
 from ..uncertainty.acquisition import FEATURES, Acquisition, need_names
 from .top import check_budget, check_values, top_images, top_pairs
@@ -187,7 +188,9 @@ def get_strategy(
     "The strategy called `name`"
     if callable(name): return name
     if name not in STRATEGIES:
-        raise ValueError(f"unknown strategy {name!r}; there are {sorted(STRATEGIES)}; --import brings one of a plug-in")
+        near = did_you_mean([name], STRATEGIES)
+        raise ValueError(f"unknown strategy {name!r}; there are {sorted(STRATEGIES)}; "
+                         f"--import brings one of a plug-in{near}")
     return STRATEGIES[name]
 
 # %% ../../nbs/55_select.strategy.ipynb #c6518020
