@@ -21,6 +21,7 @@ import traitlets
 
 # %% ../../nbs/96_explore.chooser.ipynb #60c72b30
 from ..config import RunConfig, preset
+from ..pool import Pool
 from ..select.prices import Prices
 from ..runs.folder import RunFolder
 from ..runs.journal import Steps
@@ -69,6 +70,11 @@ class ProjectRounds(ProjectFolder):
     def checkpoint(self, r:int, member:int=0)->Path: return super().checkpoint(self.trained()[r], member)
     def scores_file(self, r:int)->Path: return super().scores_file(self.trained()[r])
     def steps_file(self, r:int)->Path: return super().steps_file(self.trained()[r])
+    def candidates(self, r:int, pool:Pool)->Pool:
+        "The same pool, in which pairs of images that came later and of tasks with no network yet can't be chosen"
+        rows = self.read_scores(r)
+        scored = np.isin(pool.images, rows.image)[:, None] & np.isin(pool.names, rows.task)
+        return replace(pool, available=pool.available & (pool.labeled | scored))
 
 # %% ../../nbs/96_explore.chooser.ipynb #bf2640da
 class ProjectView(RunView):
@@ -104,8 +110,9 @@ def open_project_view(
         labels = project_labels(p, ledger.events())
         out = frozenset(pair for pair, s in ledger.state().items() if s.kind == 'asked')
     pool = replace(pool, available=np.ones_like(pool.available))
-    counts = [labels[labels['round'] == r + 1].task.value_counts().to_dict() for r in range(n)]
-    config = replace(p.config, price_unit=p.prices.unit)
+    counts:list[dict] = [labels[labels['round'] == r + 1].task.value_counts().to_dict() for r in range(n)]
+    step = min((sum(c.values()) for c in counts if c), default=1) # pairs to try strategies with
+    config = replace(p.config, price_unit=p.prices.unit, step_pairs=step)
     view = ProjectView(files, config, [dict(bought=c) for c in counts], pool, test, labels)
     view.out = out
     return view
