@@ -542,10 +542,13 @@ def test_four_views_of_one_run(page, opened, whole_app):
     for x, y in at[1:]: page.mouse.move(x, y, steps=8)
     page.mouse.up()
     until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
-    first = names()[0]
+    first, second, *_ = left = names()
     page.locator('button', has=page.locator('img')).first.press('Enter')
     until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
     assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
+    page.get_by_text(f'1 of {len(left)}', exact=True).wait_for()
+    slide(page, 'place') # goes through what the pool view shows
+    until(page, lambda: titles(figure(page))[0].startswith(f'image {second}'), 60)
     page.keyboard.press('?')
     assert page.get_by_text('Arrow keys: move a slider').is_visible()
     page.keyboard.press('3')

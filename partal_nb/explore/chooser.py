@@ -181,12 +181,17 @@ class ExplorerViews(w.VBox):
         "Make a view, or the reason why there is none, such as a run that has bought nothing"
         try: self.views[name] = VIEWS[name](self.run)
         except ValueError as e: self.views[name] = w.HTML(sentence(str(e)))
-        if isinstance(self.views[name], PoolExplorer): self.views[name].opened = self.open_image
+        self.join()
         if self.linked: self.linked.add(self.named(name))
 
+    def join(self):
+        "An image of the pool opens in the image view, which can go through those that the pool view shows"
+        pool, image = self.views.get('pool'), self.views.get('image')
+        if isinstance(pool, PoolExplorer): pool.opened = self.open_image
+        if isinstance(pool, PoolExplorer) and isinstance(image, EntropyExplorer): image.controls.follow(pool.rows)
+
     def named(self, name:str)->dict: # of a view: its controls by name
-        named = getattr(self.views[name], 'named', {})
-        return {f'{name} {key}': c for key, c in named.items()}
+        return {f'{name} {key}': c for key, c in getattr(self.views[name], 'named', {}).items()}
 
     def link(self, linked:Linked):
         "Keep what is chosen in the address"
@@ -196,8 +201,9 @@ class ExplorerViews(w.VBox):
 
     def open_image(self, row:int): # of the pool
         "Show an image that was chosen from the pool"
-        self.view.value = 'image'
+        if 'image' not in self.views: self.make('image')
         self.views['image'].controls.look_at(row)
+        self.view.value = 'image'
 
 # %% ../../nbs/96_explore.chooser.ipynb #423de4b9
 class RunExplorer(ExplorerViews):
@@ -218,7 +224,9 @@ class RunExplorer(ExplorerViews):
     def look(self, name:str): # one of `VIEWS`
         "Show a view, made if need be"
         if name not in self.views: self.make(name)
-        self.body.children = [self.views[name]]
+        shown = self.views[name]
+        if isinstance(shown, EntropyExplorer): shown.show() # the pool view may have other filters now
+        self.body.children = [shown]
 
 # %% ../../nbs/96_explore.chooser.ipynb #b71978e9
 def open_view(

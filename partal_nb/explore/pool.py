@@ -301,8 +301,10 @@ class PoolRows:
         pairs = pair_states(run, c.round.value, c.state.value)
         column = slice(None) if c.task.value == 'any' else [run.names.index(c.task.value)]
         fits = pairs[:, column].any(1) & np.array([c.name.value in name for name in run.pool.images])
-        return fits & has_class(run, *c.shown.value) if c.shown.value else fits
+        return fits & self.shows(*c.shown.value) if c.shown.value else fits
 
+    @kept(8)
+    def shows(self, task:str, i:int)->np.ndarray: return has_class(self.run, task, i) # (N,) bool
     def rows(self, chosen:list)->np.ndarray: # chosen: with the lasso; empty: all
         order = np.argsort(-self.values(), kind='stable') # NaN comes last
         fits = self.fit()
@@ -321,6 +323,7 @@ class PoolDisplay(w.VBox):
         self.grid.on_msg(lambda _, message, __: self.opened(message['open']))
         super().__init__([self.controls, self.status, self.progress, self.map, self.grid])
 
+    def rows(self)->np.ndarray: return self.chosen.rows(self.map.selected) # of the pool: what is left, in its order
     @kept(8)
     def places(self, r:int)->np.ndarray: return two_components(self.run.features(r)) # (N, 2)
 
@@ -344,7 +347,7 @@ class PoolExplorer(PoolDisplay):
         c = self.controls
         with self.progress:
             try:
-                rows, values = self.chosen.rows(self.map.selected), self.chosen.values()
+                rows, values = self.rows(), self.chosen.values()
                 c.page.max = max(-(-len(rows)//PAGE), 1)
                 page = rows[(c.page.value - 1)*PAGE:c.page.value*PAGE].tolist()
                 self.grid.tiles = [tile(self.run, n, c.round.value, values) for n in page]
