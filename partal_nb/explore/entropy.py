@@ -175,9 +175,11 @@ def task_cells(
     name, span = t.name, v.values[t.name]
     what = f'pass {v.single}' if v.single else 'predicted'
     label = label_cell(t, v.labels[name], f'{name}, {what}', span)
-    entropy = map_cell(overlay.cut(v.maps[name]), f'{name}, entropy: {v.levels[name]}', 'nats', v.spans[name])
+    entropy = overlay.above(map_cell(v.maps[name], f'{name}, entropy: {v.levels[name]}', 'nats', v.spans[name]))
     cells = [label, entropy, _change_cell(v, t)] if v.earlier else [label, entropy]
-    if name in v.truth: cells += truth_cells(t, v.labels[name], v.truth[name], span)
+    if name in v.truth:
+        true, error = truth_cells(t, v.labels[name], v.truth[name], span)
+        cells += [true, overlay.above(error)]
     return [overlay.on(c, v.rgb) for c in cells]
 
 # %% ../../nbs/93_explore.entropy.ipynb #8c130864
@@ -271,7 +273,7 @@ class EntropyPlaces(EntropyInputs):
         self.fit()
         self.place.value = self.images().tolist().index(image) + 1
 
-# %% ../../nbs/93_explore.entropy.ipynb #4c965e7a
+# %% ../../nbs/93_explore.entropy.ipynb #bd48d89f
 class EntropyControls(EntropyPlaces):
     "What the inputs ask for"
     def asked(self, place:int)->tuple: # as `entropy_view` takes it

@@ -97,8 +97,13 @@ class Overlay:
     opacity:float=1.  # of predictions and maps; below 1 the photograph is seen through them
     percentile:int=0  # only what is above it in its map is drawn; 0: all
 
-    def cut(self, m:np.ndarray)->np.ndarray: # (h, w), NaN below the percentile
-        return np.where(m >= np.percentile(m, self.percentile), m, np.nan) if self.percentile else m
+    def cut(self, m:np.ndarray)->np.ndarray: # (h, w), NaN below the percentile; of right and wrong, wrong stays
+        if not self.percentile: return m
+        return np.where((m >= np.nanpercentile(m, self.percentile)) & (m > np.nanmin(m)), m, np.nan)
+
+    def above(self, c:Cell)->Cell: # the same cell, of whose map only this is drawn
+        z = self.cut(c.z)
+        return replace(c, z=z, text=z if c.text is c.z else c.text)
 
     def on(self, c:Cell, rgb:np.ndarray)->Cell: # rgb: (H, W, 3)
         plain = self.opacity == 1 and not self.percentile
