@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'HELP', 'APP_STYLE', 'find_run', 'MissingData', 'find_data', 'ProjectRounds', 'ProjectView', 'project_labels',
            'open_project_view', 'Linked', 'Keys', 'ExplorerViews', 'RunExplorer', 'open_view', 'is_free', 'RunEntry',
-           'RunOpener', 'RunChooser']
+           'RunOpener', 'LinkedOpener', 'RunChooser']
 
 # %% ../../nbs/96_explore.chooser.ipynb #b670f205
 import os
@@ -132,8 +132,13 @@ class Linked:
 
     def follow(self, controls:dict): # name -> control
         asked = self.address.asked
-        for name, c in list(controls.items()): # a view that is opened adds its own
-            if name in asked and as_text(c) != asked[name]: choose(c, asked[name])
+        for name, c in list(controls.items()): # a view that is opened adds its own, and a run that is replaces them
+            if self.controls.get(name) is c and name in asked and as_text(c) != asked[name]: choose(c, asked[name])
+
+    def start(self, run:str): # the path of another run
+        "Forget the controls of the run before, and what was chosen in it"
+        self.controls = {'run': c for name, c in self.controls.items() if name == 'run'}
+        if self.address.asked.get('run') != run: self.address.asked = {} # a link names its run
 
     def _write(self, _):
         state = self.address.asked | {name: as_text(c) for name, c in self.controls.items()}
@@ -260,6 +265,10 @@ APP_STYLE = """<style>
   body[data-voila] .widget-dropdown > select { appearance: auto; background-image: none }
 }
 body[data-voila] .jp-Notebook, body[data-voila] .jp-Cell { padding: 0 }
+@media (max-width: 600px) {
+  body[data-voila] h1 { font-size: 18px; margin: 0 }
+  body[data-voila] blockquote { display: none }
+}
 </style>""" # an app's theme is the system's; JupyterLab has its own
 
 # %% ../../nbs/96_explore.chooser.ipynb #c0000247
@@ -308,8 +317,33 @@ class RunOpener(RunEntry):
                 self.show(f"Can't show this run: {e}")
                 self.offer(RunFolder(self.path.value).exists, is_free(self.path.value))
 
+# %% ../../nbs/96_explore.chooser.ipynb #1c95f259
+class LinkedOpener(RunOpener):
+    "The run that is open stands in the address, with what is chosen in it and in no other"
+    def __init__(self,
+        explorer:Callable, # (RunView) -> widget with `named`, its controls by name
+        folder='',         # as in `find_run`
+    ):
+        super().__init__(explorer, folder)
+        self.opened, self.linked = w.Text(), Linked(self.address)
+        self.opened.observe(lambda change: self.go(change['new']), 'value') # before what writes the address
+        self.linked.add(dict(run=self.opened))
+
+    def begin(self): # to open what is in the field
+        if self.path.value == self.opened.value: return
+        self.linked.start(self.path.value)
+        self.opened.value = self.path.value
+
+    def go(self, path:str): # as a link asks
+        if path == self.path.value: return
+        self.linked.start(path)
+        self.path.value = path
+        self.open_run()
+
+    def open_run(self): raise NotImplementedError
+
 # %% ../../nbs/96_explore.chooser.ipynb #c000024a
-class RunChooser(RunOpener):
+class RunChooser(LinkedOpener):
     "The explorer of a run, or a sentence that gives the reason why not and a button that makes the demo run"
     def __init__(self,
         explorer:Callable,        # (RunView) -> widget
@@ -320,10 +354,10 @@ class RunChooser(RunOpener):
         self.demo = demo or preset('demo')
         self.enter.on_click(lambda _: self.open_run())
         self.make.on_click(lambda _: self.make_demo())
-        self.linked = Linked(self.address)
         self.open_run()
 
     def open_run(self):
+        self.begin()
         self.try_to(f'opening {self.path.value} …', lambda: None)
         for shown in self.body.children:
             if hasattr(shown, 'link'): shown.link(self.linked)
