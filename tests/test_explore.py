@@ -545,7 +545,7 @@ def test_four_views_of_one_run(page, opened, whole_app):
     first, second, *_ = left = names()
     page.locator('button', has=page.locator('img')).first.press('Enter')
     until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
-    assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
+    assert all(part in page.url for part in ('view=image', 'pool+pairs=unlabeled', 'pool+lasso=')), page.url
     page.get_by_text(f'1 of {len(left)}', exact=True).wait_for()
     slide(page, 'place') # goes through what the pool view shows
     until(page, lambda: titles(figure(page))[0].startswith(f'image {second}'), 60)

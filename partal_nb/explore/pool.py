@@ -54,7 +54,7 @@ class BoardColors:
         some = [0, 1, *np.linspace(2, self.last + 1, room).astype(int), *range(self.last + 2, len(self.names))]
         return [colored('■', self.colors[i], self.names[i]) for i in some]
 
-# %% ../../nbs/92_explore.pool.ipynb #f56080a3
+# %% ../../nbs/92_explore.pool.ipynb #80fab047
 def asked_pairs(run:RunView)->np.ndarray: # (N, K) bool
     "Which pairs are with an annotator"
     if not run.out: return np.zeros(run.since().shape, bool)
@@ -125,7 +125,7 @@ def orders_of(run:RunView)->list[tuple[str, tuple]]: # (text, (what, column))
     if 'project' in run.note: return found
     return found + [(f'{t.name}, most wrong first', ('error', k)) for k, t in enumerate(run.tasks)]
 
-# %% ../../nbs/92_explore.pool.ipynb #16ecb6d0
+# %% ../../nbs/92_explore.pool.ipynb #94bbe08b
 def order_title(run:RunView, label:str, what:str, k:int)->str: # label and value as in `orders_of`
     "What values are of, with their unit"
     error = '%' if run.tasks[k].classes else run.tasks[k].unit
@@ -227,7 +227,7 @@ def _points(run:RunView, at:np.ndarray, rows:np.ndarray, chosen:np.ndarray, mark
         customdata=rows, hovertemplate='%{text}<extra></extra>', marker=dict(marker, size=8),
         selectedpoints=np.flatnonzero(np.isin(rows, chosen)).tolist(), unselected=dict(marker=dict(opacity=.15)))
 
-# %% ../../nbs/92_explore.pool.ipynb #7be48239
+# %% ../../nbs/92_explore.pool.ipynb #a9b0431e
 def pool_map(
     run:RunView,
     at:np.ndarray,     # (N, 2)
@@ -312,11 +312,11 @@ class PoolRows:
         if chosen: fits &= np.isin(np.arange(len(fits)), chosen)
         return order[fits[order]]
 
-# %% ../../nbs/92_explore.pool.ipynb #33f88647
+# %% ../../nbs/92_explore.pool.ipynb #1afe59a1
 def color_key(run:RunView)->str: # HTML
     "What the colors of the thumbnails mean"
-    style = "white-space:nowrap;margin-right:14px"
-    keys = "".join(f'<span style="{style}">{key}</span>' for key in BoardColors(run).key())
+    style = 'white-space:nowrap;margin-right:10px'
+    keys = ' '.join(f'<span style="{style}">{key}</span>' for key in BoardColors(run).key())
     return f'<div style="font-size:12px;line-height:1.6;max-width:97vw">labels: {keys}</div>'
 
 # %% ../../nbs/92_explore.pool.ipynb #f110223b
