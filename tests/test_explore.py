@@ -24,6 +24,7 @@ from partal_nb.core import distinct_colors
 from partal_nb.tasks import semseg_task, standard_task
 from partal_nb.config import preset
 from partal_nb.data.dataset import write_dataset
+from partal_nb.data.prepare import open_data
 from partal_nb.data.arrays import Rows
 from partal_nb.explore.pool import PAGE, PoolExplorer
 from partal_nb.explore.entropy import EntropyExplorer, entropy_view, task_cells
@@ -32,7 +33,10 @@ from partal_nb.explore.purchases import reasons
 from partal_nb.explore.subsets import error_changes
 from partal_nb.explore.run import TINY, RunView, open_run_view, tiny_run
 from partal_nb.explore.plot import number, weight
-from partal_nb.explore.chooser import VIEWS, RunChooser
+from partal_nb.explore.chooser import VIEWS, RunChooser, open_project_view
+from partal_nb.annotate.ask import ask, read_batch
+from partal_nb.annotate.project import init
+from partal_nb.annotate.tell import tell
 from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.loop import run
 
@@ -461,6 +465,25 @@ def test_the_demo_run_is_never_made_among_photographs(tmp_path):
     chooser.make.click()
     assert 'holds other files' in chooser.message.value and sorted(tmp_path.iterdir()) == photos
 
+def test_a_project_opens_while_a_task_waits_for_its_first_labels(tmp_path):
+    "Nothing is scored for a task without a network, and images and purchases of the others are shown all the same"
+    truth = open_data('', 10, 3, 48, 64, progress=False).path
+    images = shutil.copytree(truth, tmp_path/'images')
+    for f in [*(images/'normals').iterdir(), *sorted((images/'depth').iterdir())[5:]]: f.unlink()
+    only_runs = 'pool_images', 'test_images', 'start_images', 'step_pairs', 'rounds'
+    project = init(images, tmp_path/'project', **{k: v for k, v in TINY.items() if k not in only_runs})
+    ask(project.folder, budget=3, progress=False)
+    for q in read_batch(project, 1).queries:
+        (tmp_path/'answers'/q['task']).mkdir(parents=True, exist_ok=True)
+        for f in (truth/q['task']).glob(f"{q['image']}.*"): shutil.copy(f, tmp_path/'answers'/q['task'])
+    tell(project.folder, 1, tmp_path/'answers')
+    ask(project.folder, budget=1, progress=False)
+    run = open_project_view(project.folder)
+    assert not run.labeled(0)[:, run.names.index('normals')].any() and (run.since() > 0).sum() == 3
+    shown = {name: view(run) for name, view in VIEWS.items()}
+    assert shown['image'].controls.status.value == f'1 of {len(run.pool)}'
+    assert not shown['selection'].status.value and len(shown['selection'].panel.shown) == 3
+
 def test_data_by_a_relative_path_that_then_moves(page, tmp_path, monkeypatch):
     "The app works in another folder than the run was made in; where the data set moved, it asks for the new place"
     tasks, names = (standard_task('depth'),), [f'{i}' for i in range(13)]
@@ -519,10 +542,13 @@ def test_four_views_of_one_run(page, opened, whole_app):
     for x, y in at[1:]: page.mouse.move(x, y, steps=8)
     page.mouse.up()
     until(page, lambda: 0 < len(names()) < len(some)) # the lasso chose the left half
-    first = names()[0]
+    first, second, *_ = left = names()
     page.locator('button', has=page.locator('img')).first.press('Enter')
     until(page, lambda: titles(figure(page))[0].startswith(f'image {first}'), 60)
-    assert 'view=image' in page.url and 'pool+pairs=unlabeled' in page.url
+    assert all(part in page.url for part in ('view=image', 'pool+pairs=unlabeled', 'pool+lasso=')), page.url
+    page.get_by_text(f'1 of {len(left)}', exact=True).wait_for()
+    slide(page, 'place') # goes through what the pool view shows
+    until(page, lambda: titles(figure(page))[0].startswith(f'image {second}'), 60)
     page.keyboard.press('?')
     assert page.get_by_text('Arrow keys: move a slider').is_visible()
     page.keyboard.press('3')

@@ -208,7 +208,7 @@ def explore(
         _check_explorable(run_folder)
         _check_port(port)
         token = secrets.token_urlsafe(24)
-        typer.echo(f'http://127.0.0.1:{port}/?token={token}')
+        typer.echo(f'ready in some seconds: http://127.0.0.1:{port}/?token={token}')
         sys.stdout.flush()
         env = dict(os.environ, PARTAL_RUN=str(run_folder.resolve()), PARTAL_HERE=str(Path.cwd()), JUPYTER_TOKEN=token)
         os.execve(command[0], command, env) # this process becomes the server: what ends it ends all

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'HELP', 'APP_STYLE', 'find_run', 'MissingData', 'find_data', 'ProjectRounds', 'ProjectView', 'project_labels',
            'open_project_view', 'Linked', 'Keys', 'ExplorerViews', 'RunExplorer', 'open_view', 'is_free', 'RunEntry',
-           'RunOpener', 'RunChooser']
+           'RunOpener', 'LinkedOpener', 'RunChooser']
 
 # %% ../../nbs/96_explore.chooser.ipynb #b670f205
 import os
@@ -21,6 +21,7 @@ import traitlets
 
 # %% ../../nbs/96_explore.chooser.ipynb #60c72b30
 from ..config import RunConfig, preset
+from ..pool import Pool
 from ..select.prices import Prices
 from ..runs.folder import RunFolder
 from ..runs.journal import Steps
@@ -69,6 +70,11 @@ class ProjectRounds(ProjectFolder):
     def checkpoint(self, r:int, member:int=0)->Path: return super().checkpoint(self.trained()[r], member)
     def scores_file(self, r:int)->Path: return super().scores_file(self.trained()[r])
     def steps_file(self, r:int)->Path: return super().steps_file(self.trained()[r])
+    def candidates(self, r:int, pool:Pool)->Pool:
+        "The same pool, in which pairs of images that came later and of tasks with no network yet can't be chosen"
+        rows = self.read_scores(r)
+        scored = np.isin(pool.images, rows.image)[:, None] & np.isin(pool.names, rows.task)
+        return replace(pool, available=pool.available & (pool.labeled | scored))
 
 # %% ../../nbs/96_explore.chooser.ipynb #bf2640da
 class ProjectView(RunView):
@@ -104,8 +110,9 @@ def open_project_view(
         labels = project_labels(p, ledger.events())
         out = frozenset(pair for pair, s in ledger.state().items() if s.kind == 'asked')
     pool = replace(pool, available=np.ones_like(pool.available))
-    counts = [labels[labels['round'] == r + 1].task.value_counts().to_dict() for r in range(n)]
-    config = replace(p.config, price_unit=p.prices.unit)
+    counts:list[dict] = [labels[labels['round'] == r + 1].task.value_counts().to_dict() for r in range(n)]
+    step = min((sum(c.values()) for c in counts if c), default=1) # pairs to try strategies with
+    config = replace(p.config, price_unit=p.prices.unit, step_pairs=step)
     view = ProjectView(files, config, [dict(bought=c) for c in counts], pool, test, labels)
     view.out = out
     return view
@@ -125,8 +132,13 @@ class Linked:
 
     def follow(self, controls:dict): # name -> control
         asked = self.address.asked
-        for name, c in list(controls.items()): # a view that is opened adds its own
-            if name in asked and as_text(c) != asked[name]: choose(c, asked[name])
+        for name, c in list(controls.items()): # a view that is opened adds its own, and a run that is replaces them
+            if self.controls.get(name) is c and name in asked and as_text(c) != asked[name]: choose(c, asked[name])
+
+    def start(self, run:str): # the path of another run
+        "Forget the controls of the run before, and what was chosen in it"
+        self.controls = {'run': c for name, c in self.controls.items() if name == 'run'}
+        if self.address.asked.get('run') != run: self.address.asked = {} # a link names its run
 
     def _write(self, _):
         state = self.address.asked | {name: as_text(c) for name, c in self.controls.items()}
@@ -174,12 +186,17 @@ class ExplorerViews(w.VBox):
         "Make a view, or the reason why there is none, such as a run that has bought nothing"
         try: self.views[name] = VIEWS[name](self.run)
         except ValueError as e: self.views[name] = w.HTML(sentence(str(e)))
-        if isinstance(self.views[name], PoolExplorer): self.views[name].opened = self.open_image
+        self.join()
         if self.linked: self.linked.add(self.named(name))
 
+    def join(self):
+        "An image of the pool opens in the image view, which can go through those that the pool view shows"
+        pool, image = self.views.get('pool'), self.views.get('image')
+        if isinstance(pool, PoolExplorer): pool.opened = self.open_image
+        if isinstance(pool, PoolExplorer) and isinstance(image, EntropyExplorer): image.controls.follow(pool.rows)
+
     def named(self, name:str)->dict: # of a view: its controls by name
-        named = getattr(self.views[name], 'named', {})
-        return {f'{name} {key}': c for key, c in named.items()}
+        return {f'{name} {key}': c for key, c in getattr(self.views[name], 'named', {}).items()}
 
     def link(self, linked:Linked):
         "Keep what is chosen in the address"
@@ -189,8 +206,9 @@ class ExplorerViews(w.VBox):
 
     def open_image(self, row:int): # of the pool
         "Show an image that was chosen from the pool"
-        self.view.value = 'image'
+        if 'image' not in self.views: self.make('image')
         self.views['image'].controls.look_at(row)
+        self.view.value = 'image'
 
 # %% ../../nbs/96_explore.chooser.ipynb #423de4b9
 class RunExplorer(ExplorerViews):
@@ -211,7 +229,9 @@ class RunExplorer(ExplorerViews):
     def look(self, name:str): # one of `VIEWS`
         "Show a view, made if need be"
         if name not in self.views: self.make(name)
-        self.body.children = [self.views[name]]
+        shown = self.views[name]
+        if isinstance(shown, EntropyExplorer): shown.show() # the pool view may have other filters now
+        self.body.children = [shown]
 
 # %% ../../nbs/96_explore.chooser.ipynb #b71978e9
 def open_view(
@@ -245,6 +265,10 @@ APP_STYLE = """<style>
   body[data-voila] .widget-dropdown > select { appearance: auto; background-image: none }
 }
 body[data-voila] .jp-Notebook, body[data-voila] .jp-Cell { padding: 0 }
+@media (max-width: 600px) {
+  body[data-voila] h1 { font-size: 18px; margin: 0 }
+  body[data-voila] blockquote { display: none }
+}
 </style>""" # an app's theme is the system's; JupyterLab has its own
 
 # %% ../../nbs/96_explore.chooser.ipynb #c0000247
@@ -293,8 +317,33 @@ class RunOpener(RunEntry):
                 self.show(f"Can't show this run: {e}")
                 self.offer(RunFolder(self.path.value).exists, is_free(self.path.value))
 
+# %% ../../nbs/96_explore.chooser.ipynb #1c95f259
+class LinkedOpener(RunOpener):
+    "The run that is open stands in the address, with what is chosen in it and in no other"
+    def __init__(self,
+        explorer:Callable, # (RunView) -> widget with `named`, its controls by name
+        folder='',         # as in `find_run`
+    ):
+        super().__init__(explorer, folder)
+        self.opened, self.linked = w.Text(), Linked(self.address)
+        self.opened.observe(lambda change: self.go(change['new']), 'value') # before what writes the address
+        self.linked.add(dict(run=self.opened))
+
+    def begin(self): # to open what is in the field
+        if self.path.value == self.opened.value: return
+        self.linked.start(self.path.value)
+        self.opened.value = self.path.value
+
+    def go(self, path:str): # as a link asks
+        if path == self.path.value: return
+        self.linked.start(path)
+        self.path.value = path
+        self.open_run()
+
+    def open_run(self): raise NotImplementedError
+
 # %% ../../nbs/96_explore.chooser.ipynb #c000024a
-class RunChooser(RunOpener):
+class RunChooser(LinkedOpener):
     "The explorer of a run, or a sentence that gives the reason why not and a button that makes the demo run"
     def __init__(self,
         explorer:Callable,        # (RunView) -> widget
@@ -305,10 +354,10 @@ class RunChooser(RunOpener):
         self.demo = demo or preset('demo')
         self.enter.on_click(lambda _: self.open_run())
         self.make.on_click(lambda _: self.make_demo())
-        self.linked = Linked(self.address)
         self.open_run()
 
     def open_run(self):
+        self.begin()
         self.try_to(f'opening {self.path.value} …', lambda: None)
         for shown in self.body.children:
             if hasattr(shown, 'link'): shown.link(self.linked)

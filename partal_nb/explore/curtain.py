@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOID', 'CURTAIN_PARTS', 'CURTAIN_MOVES', 'CURTAIN', 'cell_rgb', 'scale_text', 'Curtain', 'curtain_picture',
-           'run_beside', 'CurtainControls', 'CurtainPictures', 'CurtainBox']
+           'run_beside', 'CurtainControls', 'CurtainPictures', 'CurtainBox', 'curtain_names']
 
 # %% ../../nbs/92b_explore.curtain.ipynb #f2491679
 from typing import Callable
@@ -176,3 +176,10 @@ class CurtainBox(CurtainPictures):
             try: self.curtain.pictures, self.controls.status.value = self.both(), ''
             except (ValueError, OSError) as e:
                 self.curtain.pictures, self.controls.status.value = [{}, {}], sentence(str(e))
+
+# %% ../../nbs/92b_explore.curtain.ipynb #0c228815
+def curtain_names(
+    tasks:tuple, # K of `Task`
+)->list[str]: # as the cells of a task are called
+    "What can be compared with another round or run"
+    return [f'{t.name}, {what}' for t in tasks for what in ('predicted', 'entropy', 'error')]

@@ -255,12 +255,13 @@ def _cell_trace(c:Cell, size:tuple, place:dict)->dict: # size: (H, W) of the fig
     at |= dict(opacity=c.opacity, meta=dict(title=plain_text(c.title), unit=c.unit))
     if c.z.ndim == 2: return at | _heat_trace(c, place)
     image = dict(at, type='image', source=png_url(c.z))
-    return image | (dict(hoverinfo='text', text=c.text) if c.text.size else dict(hoverinfo='skip'))
+    return image | (dict(hoverinfo='text', text=c.text) if c.text.size else dict(hoverinfo='none')) # heard, not shown
 
 # %% ../../nbs/68_explore.figure.ipynb #f62ad027
 def _cell_traces(c:Cell, size:tuple, place:dict)->list: # below it the photograph, if there is one
     own = _cell_trace(c, size, place)
-    return [own] if c.under is None else [_cell_trace(photo_cell(c.under, ''), size, place), own]
+    if c.under is None: return [own]
+    return [_cell_trace(photo_cell(c.under, ''), size, place) | dict(hoverinfo='skip'), own]
 
 # %% ../../nbs/68_explore.figure.ipynb #c0000235
 def _bars_trace(b:Bars)->dict:

@@ -179,7 +179,8 @@ def numbers_table(
     heads = 'before', 'after', 'change', 'entropy before', 'after', 'change'
     head = ''.join(f'<th style="padding:2px 14px;text-align:right">{h}</th>' for h in heads)
     rows = ''.join(_table_row(v, t) for t in v.tasks)
-    return f'<table style="line-height:1.4"><tr><th></th>{head}</tr>{rows}</table>'
+    style = 'line-height:1.4;display:block;overflow-x:auto;max-width:97vw' # a phone scrolls it
+    return f'<table style="{style}"><tr><th></th>{head}</tr>{rows}</table>'
 
 # %% ../../nbs/95_explore.injection.ipynb #32965319
 def help_orders(

@@ -151,7 +151,7 @@ def on_scale(
 
 # %% ../../nbs/93a_explore.purchases.ipynb #6aa25b19
 def _picks(run:RunView, r:int, strategy:str, s:Spending, c:Changes)->Picks:
-    pool, rule = run.pool_at(r), tried(run, strategy, c)
+    pool, rule = run.folder.candidates(r, run.pool_at(r)), tried(run, strategy, c)
     scores = on_scale(run, r, run.scores_for(r, rule), pair_needs(rule), c.scale)
     context = run.context(r)
     rng = np.random.default_rng(derive_seed(run.config.seed, 'select', r))
