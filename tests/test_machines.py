@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from partal_nb.config import preset
@@ -83,3 +85,29 @@ print([m for m in ('torch', 'timm', 'pandas', 'matplotlib', 'scipy.stats') if m 
 ''' % {k: v for k, v in TINY.items() if k not in ('encoder', 'pretrained')}
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert found.stdout == '[]\n', found.stderr
+
+def interrupted(cwd, *words, at): # a command, killed with its kernel as soon as a file is there
+    made = subprocess.Popen([sys.executable, '-m', 'partal_nb.cli', *words], cwd=cwd,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not at.exists():
+        assert made.poll() is None, made.stderr.read()
+        time.sleep(.02)
+    for process in [*psutil.Process(made.pid).children(recursive=True), made]: process.kill()
+    made.communicate()
+
+def test_tracked_interrupted_and_resumed(tmp_path):
+    "TensorBoard reads each number of the journal once, though the run was killed after its first round"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    words = ['run', '--out', 'demo', '--strategy', 'random', '--no-pictures', '--track', 'tensorboard', *SETTINGS]
+    folder = RunFolder(tmp_path/'demo')
+    interrupted(tmp_path, *words, at=folder.journal_file)
+    assert len(folder.journal()) == 1
+    made = subprocess.run([sys.executable, '-m', 'partal_nb.cli', *words], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    events = EventAccumulator(str(folder.path/'tracking/tensorboard')).Reload()
+    def seen(tag): return [(e.step, e.value) for e in events.Scalars(tag)]
+    lines = folder.journal()
+    assert len(lines) == 2 and seen('metrics/depth/rmse') == [
+        (r, pytest.approx(line['metrics']['depth']['rmse'], rel=1e-6)) for r, line in enumerate(lines)]
+    assert seen('cost') == [(r, pytest.approx(line['cost'])) for r, line in enumerate(lines)]
+    assert len(seen('curve')) == sum(len(line['curve']) for line in lines) > 0
