@@ -39,7 +39,7 @@ say 'partal run, as make demo does it, of another size'
 inside partal run --preset demo --strategy partal --against random --seed 0 --out runs/demo "${small[@]}" | tail -1
 say 'papermill on a kernel'
 template=$(inside python -c 'from partal_nb.commands.common import template; print(template("compare"))')
-inside papermill "$template" runs/compare.ipynb -k python3 -y '{runs: [runs/demo, runs/demo/random], out: runs}' \
+inside python -m papermill "$template" runs/compare.ipynb -k python3 -y '{runs: [runs/demo, runs/demo/random], out: runs}' \
     --no-progress-bar --cwd . 2>&1 | tail -2
 say 'partal explore'
 inside partal explore runs/demo --port 8899 > "$place/explore.log" 2>&1 &

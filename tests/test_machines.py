@@ -6,13 +6,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
+from test_projects import as_nobody
 
-from partal_nb.config import preset
-from partal_nb.core import cache_dir, write_atomic
+from partal_nb.config import config_hash, preset
+from partal_nb.core import cache_dir, write_atomic, write_json
+from partal_nb.explore.run import open_run_view
+from partal_nb.reports.page import write_report
+from partal_nb.runs import loop
 from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.journal import read_journal
 
@@ -111,3 +116,30 @@ def test_tracked_interrupted_and_resumed(tmp_path):
         (r, pytest.approx(line['metrics']['depth']['rmse'], rel=1e-6)) for r, line in enumerate(lines)]
     assert seen('cost') == [(r, pytest.approx(line['cost'])) for r, line in enumerate(lines)]
     assert len(seen('curve')) == sum(len(line['curve']) for line in lines) > 0
+
+def open_to_all(folder): # pytest's own folders are for their owner alone
+    for f in [folder, *folder.rglob('*')]: f.chmod(0o555 if f.is_dir() else 0o444)
+    for parent in folder.parents:
+        if Path(tempfile.gettempdir()) in parent.parents: parent.chmod(0o755)
+
+def test_a_read_only_run_can_be_looked_at(tmp_path, monkeypatch):
+    "A report and a view; nothing is written into its folder, and whoever would resume it is told where that goes"
+    monkeypatch.setenv('PARTAL_CACHE', str(tmp_path/'cache'))
+    longer = preset('demo', strategy='random', **TINY)
+    folder = RunFolder(loop.run(replace(longer, rounds=0), tmp_path/'a run', progress=False))
+    write_json(folder.about_file, folder.about | dict(config=asdict(longer), hash=config_hash(longer))) # a round is left
+    def look(page):
+        assert open_run_view(folder, progress=False).rounds == folder.journal()
+        assert '<html' in write_report([folder], page).read_text('utf-8')
+    look(tmp_path/'mine.html')
+    open_to_all(folder.path)
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out').chmod(0o777)
+    before = sorted(folder.path.rglob('*'))
+    def another():
+        look(tmp_path/'out/page.html')
+        with pytest.raises(PermissionError, match='a run may only be read here.*not resumed; copy its folder'):
+            loop.run(longer, folder, progress=False)
+    assert as_nobody(another) == 0
+    assert sorted(folder.path.rglob('*')) == before
+    for f in [folder.path, *folder.path.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)
