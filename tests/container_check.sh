@@ -25,7 +25,8 @@ echo "$there" > "$site/packages.pth" # what partal_nb needs
 say 'ENV, and a folder that anybody may write'
 mkdir -p "$place/study/cache" "$place/study/runs"
 chmod -R 1777 "$place/study"
-settings=(PATH="$place/venv/bin:/usr/bin:/bin")
+share=$("$python" -c 'import sys; print(sys.prefix)')/share/jupyter # pages and kernels of these packages
+settings=(PATH="$place/venv/bin:/usr/bin:/bin" JUPYTER_PATH="$share")
 for word in $(sed -n 's/^ENV //p' "$here/Dockerfile"); do settings+=("${word//\/study/$place/study}"); done
 printf '%s\n' "${settings[@]}"
 user=() # USER
@@ -51,6 +52,6 @@ for _ in $(seq 180); do
     [ -n "$page" ] && break
     sleep 1
 done
-kill $served
+kill $served || { cat "$place/explore.log"; exit 1; }
 grep -o '<title>[^<]*' <<< "$page"
 say 'all of it works'

@@ -127,7 +127,7 @@ def test_a_read_only_run_can_be_looked_at(tmp_path, monkeypatch):
     monkeypatch.setenv('PARTAL_CACHE', str(tmp_path/'cache'))
     longer = preset('demo', strategy='random', **TINY)
     folder = RunFolder(loop.run(replace(longer, rounds=0), tmp_path/'a run', progress=False))
-    write_json(folder.about_file, folder.about | dict(config=asdict(longer), hash=config_hash(longer))) # a round is left
+    write_json(folder.about_file, folder.about | dict(config=asdict(longer), hash=config_hash(longer))) # one is left
     def look(page):
         assert open_run_view(folder, progress=False).rounds == folder.journal()
         assert '<html' in write_report([folder], page).read_text('utf-8')
@@ -143,3 +143,27 @@ def test_a_read_only_run_can_be_looked_at(tmp_path, monkeypatch):
     assert as_nobody(another) == 0
     assert sorted(folder.path.rglob('*')) == before
     for f in [folder.path, *folder.path.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)
+
+WITHOUT_FLOCK = '''
+import errno, fcntl, sys
+def flock(*_): raise OSError(errno.ENOSYS, 'this disk has no flock')
+fcntl.flock = flock
+from partal_nb.runs.folder import FolderInUse, RunFolder
+try:
+    with RunFolder(sys.argv[1]).locked():
+        print('mine', flush=True)
+        sys.stdin.read()
+except FolderInUse: print('in use')
+'''
+
+def test_a_disk_without_locks(tmp_path):
+    "One process at a time all the same, and what a killed one left behind stops nobody"
+    def start():
+        words = [sys.executable, '-W', 'ignore', '-c', WITHOUT_FLOCK, tmp_path]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = start()
+    assert first.stdout.readline() == 'mine\n'
+    assert start().communicate()[0] == 'in use\n'
+    first.kill()
+    first.communicate()
+    assert start().communicate()[0] == 'mine\n'

@@ -159,7 +159,7 @@ class ScoreFiles(RunCandidates):
 class FolderInUse(ValueError):
     "Another process has the run folder"
 
-# %% ../../nbs/62_runs.folder.ipynb #05f51cf8
+# %% ../../nbs/62_runs.folder.ipynb #a4e45434
 class LockedFiles(ScoreFiles):
     "The files of a run, which one process at a time may write"
     def _lock(self, wait:float)->FileLock:
