@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Strategies', 'Seeds', 'PlanFile', 'Jobs', 'On', 'Gpus', 'PerGpu', 'Partition', 'Account', 'Minutes', 'Sbatch',
-           'Print', 'write_table', 'parse_sbatch', 'slurm_options', 'sweep', 'parse_shard', 'score_beside',
+           'Track', 'Print', 'write_table', 'parse_sbatch', 'slurm_options', 'sweep', 'parse_shard', 'score_beside',
            'score_until_end', 'score']
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #41274b4c
@@ -62,26 +62,42 @@ def write_table(
     write_atomic(path, tidy(runs).to_csv(index=False).encode())
     return Path(path)
 
+# %% ../../nbs/97a_commands.sweeps.ipynb #e4095c76
+def _trackers(names:Iterable[str])->tuple[str, ...]: # the same; unknown ones are refused
+    from partal_nb.runs.track import check_trackers # with PyTorch
+    return check_trackers(names)
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #090f235e
+def _feed(folders:list[Path], track:Iterable[str]): # trackers, with all journals that there are
+    from partal_nb.runs.track import feed
+    for folder in folders:
+        for name in track: feed(folder, name)
+
 # %% ../../nbs/97a_commands.sweeps.ipynb #c00002ae
-def _sweep(runs:dict[Path, RunConfig], table:Path|None, tries:int, kernel:str, executor)->bool: # is all of it done?
+def _sweep(
+    runs:dict[Path, RunConfig], table:Path|None, tries:int, kernel:str, executor, track:Iterable[str],
+)->bool: # is all of it done?
     from partal_nb.runs.journal import read_journal
     from partal_nb.runs.sweep import sweep
     stopped = False
     try: sweep(runs, tries=tries, kernel=kernel, executor=executor)
     except KeyboardInterrupt: stopped = True
-    if table and any(read_journal(folder) for folder in runs): typer.echo(write_table(runs, table))
+    begun = [folder for folder in runs if read_journal(folder)]
+    if table and begun: typer.echo(write_table(runs, table))
+    if track: _feed(begun, track)
     finished = _report_left(runs, stopped)
     if stopped: raise typer.Exit(130)
     return finished
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #4c6e42d1
-def _print_commands(runs:dict[Path, RunConfig], kernel:str): # of the runs that are not finished
+def _print_commands(runs:dict[Path, RunConfig], kernel:str, track:Iterable[str]): # of the runs that are not finished
     from partal_nb.runs.folder import is_finished
     from partal_nb.runs.sweep import run_command
+    more = [word for name in track for word in ('--track', name)]
     for folder, c in runs.items():
-        if not is_finished(c, folder): typer.echo(shlex.join(run_command(c, folder, kernel)))
+        if not is_finished(c, folder): typer.echo(shlex.join(run_command(c, folder, kernel) + more))
 
-# %% ../../nbs/97a_commands.sweeps.ipynb #35e15d6c
+# %% ../../nbs/97a_commands.sweeps.ipynb #528a9570
 def parse_sbatch(
     options:list[str], # `name=value`, or `name` alone
 )->dict[str, str|bool]: # as submitit takes them
@@ -128,8 +144,16 @@ Minutes = Annotated[Optional[int], typer.Option(
     '--time', help="Minutes after which SLURM may end a run; it is queued again and resumes. Default: 240.")]
 Sbatch = Annotated[Optional[list[str]], typer.Option(
     help="Another option of sbatch: name=value, e.g. gres=gpu:1, or exclusive. Repeatable.")]
+Track = Annotated[Optional[list[str]], typer.Option(
+    help="At the end, keep each journal as a tracker's files, too: tensorboard, mlflow. Repeatable.")]
 Print = Annotated[bool, typer.Option(
     '--print', help="Only print the command of each unfinished run, e.g. for xargs or sbatch --array.")]
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #ebbd215e
+def _cards(gpus:str, per_gpu:int|None)->list[str]: # to be shared out
+    from partal_nb.runs.executors import choose_cards
+    if per_gpu is not None and not gpus: raise ValueError(f"--per-gpu {per_gpu}: of which GPUs? Give --gpus, too")
+    return choose_cards(gpus)
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #b8dd4cd9
 def sweep(
@@ -142,24 +166,24 @@ def sweep(
     data:Data='', kernel:Kernel='', changes:Changes=None, plugins:Imports=None,
     on:On='', gpus:Gpus='', per_gpu:PerGpu=None,
     partition:Partition='', account:Account='', minutes:Minutes=None, sbatch:Sbatch=None,
-    only_print:Print=False,
+    track:Track=None, only_print:Print=False,
 ):
     "Run every strategy with every seed, or the arms of a planned study, and gather all journals in one table."
-    from partal_nb.runs.executors import choose_cards, open_executor
+    from partal_nb.runs.executors import open_executor
     from partal_nb.runs.paths import RunPaths
     with plain_errors():
         changed = parse_changes(changes, dict(preset='preset', strategy='strategies', seed='seeds', data='data'))
         load_plugins(plugins or ())
         if plan: runs = _planned(plan, seeds, out, dict(strategies=strategies, data=data, set=changed))
         else: runs = _sweep_runs(preset_name, strategies, seeds, out, changed | (dict(data=data) if data else {}))
-        if only_print: return _print_commands(runs, kernel)
-        if per_gpu is not None and not gpus: raise ValueError(f"--per-gpu {per_gpu}: of which GPUs? Give --gpus, too")
-        cards = choose_cards(gpus)
+        trackers = _trackers(track) if track else ()
+        if only_print: return _print_commands(runs, kernel, trackers)
+        cards = _cards(gpus, per_gpu)
         check_kernel(kernel, cards)
         options = slurm_options(on, partition, account, minutes, sbatch)
         place = open_executor(on, out/'.submitit', jobs, cards, 1 if per_gpu is None else per_gpu, **options)
         table = None if plan else RunPaths(out).sweep_file # arms of a plan are no strategies
-        with place as executor: finished = _sweep(runs, table, tries, kernel, executor)
+        with place as executor: finished = _sweep(runs, table, tries, kernel, executor, trackers)
     if not finished: raise typer.Exit(1)
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #f28cb79d
@@ -205,12 +229,12 @@ def score_beside(
     if wanted == 'features' and shards and len(arrays) > shards.size: shards.fill(models[0], arrays, share)
     return wanted
 
-# %% ../../nbs/97a_commands.sweeps.ipynb #090edfff
+# %% ../../nbs/97a_commands.sweeps.ipynb #ca6df418
 def _signs(folder)->tuple: # of life: what changes when a round ends or somebody has made a shard
     r = len(folder.journal())
     return r, sorted(path.name for path in folder.shards(r).glob('*'))
 
-# %% ../../nbs/97a_commands.sweeps.ipynb #45f01de2
+# %% ../../nbs/97a_commands.sweeps.ipynb #ccb553f7
 def score_until_end(
     folder,             # a `RunFolder`
     share:float,        # of the shards that come before the first that this process makes
