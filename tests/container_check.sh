@@ -46,7 +46,7 @@ say 'partal explore'
 inside partal explore runs/demo --port 8899 > "$place/explore.log" 2>&1 &
 served=$!
 page=''
-for _ in $(seq 180); do
+for _ in $(seq 600); do
     url=$(grep -o 'http://127.0.0.1:8899/.*' "$place/explore.log" || true)
     page=$(curl -fsS --max-time 60 "$url" 2>/dev/null || true)
     [ -n "$page" ] && break
