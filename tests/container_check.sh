@@ -25,7 +25,8 @@ echo "$there" > "$site/packages.pth" # what partal_nb needs
 say 'ENV, and a folder that anybody may write'
 mkdir -p "$place/study/cache" "$place/study/runs"
 chmod -R 1777 "$place/study"
-settings=(PATH="$place/venv/bin:/usr/bin:/bin")
+share=$("$python" -c 'import sys; print(sys.prefix)')/share/jupyter # pages and kernels of these packages
+settings=(PATH="$place/venv/bin:/usr/bin:/bin" JUPYTER_PATH="$share")
 for word in $(sed -n 's/^ENV //p' "$here/Dockerfile"); do settings+=("${word//\/study/$place/study}"); done
 printf '%s\n' "${settings[@]}"
 user=() # USER
@@ -39,18 +40,18 @@ say 'partal run, as make demo does it, of another size'
 inside partal run --preset demo --strategy partal --against random --seed 0 --out runs/demo "${small[@]}" | tail -1
 say 'papermill on a kernel'
 template=$(inside python -c 'from partal_nb.commands.common import template; print(template("compare"))')
-inside papermill "$template" runs/compare.ipynb -k python3 -y '{runs: [runs/demo, runs/demo/random], out: runs}' \
+inside python -m papermill "$template" runs/compare.ipynb -k python3 -y '{runs: [runs/demo, runs/demo/random], out: runs}' \
     --no-progress-bar --cwd . 2>&1 | tail -2
 say 'partal explore'
 inside partal explore runs/demo --port 8899 > "$place/explore.log" 2>&1 &
 served=$!
 page=''
-for _ in $(seq 180); do
+for _ in $(seq 600); do
     url=$(grep -o 'http://127.0.0.1:8899/.*' "$place/explore.log" || true)
     page=$(curl -fsS --max-time 60 "$url" 2>/dev/null || true)
     [ -n "$page" ] && break
     sleep 1
 done
-kill $served
+kill $served || { cat "$place/explore.log"; exit 1; }
 grep -o '<title>[^<]*' <<< "$page"
 say 'all of it works'

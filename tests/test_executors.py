@@ -108,6 +108,18 @@ def test_slurm_preempted_and_stopped(tmp_path, cache):
     assert end(start(tmp_path, cache, *words))[0] == 0
     assert all(is_finished(c, f) for f, c in runs(tmp_path, [0]).items())
 
+@pytest.mark.long
+def test_a_slurm_job_that_dies(tmp_path, cache):
+    "SIGKILL hits the process of SLURM's job: its run is started again by the sweep, and done"
+    pytest.importorskip('submitit')
+    sweep = start(tmp_path, cache, '--strategies', 'random', '--seeds', '0', '--on', 'slurm:local', '--jobs', '1')
+    left = until(lambda: running(sweep), sweep)
+    for job in below(sweep, 'submitit.core._submit'): job.kill()
+    code, out, err = end(sweep)
+    assert code == 0 and 'start 2' in out, (out, err)
+    assert not psutil.wait_procs(left, timeout=30)[1]
+    assert is_finished(preset('demo', strategy='random', **TINY), tmp_path/'study/random-0')
+
 REFUSING = '#!/bin/sh\necho "sbatch: error: invalid partition specified: gpux" >&2; exit 1\n'
 
 def test_a_queue_that_refuses(tmp_path, cache):

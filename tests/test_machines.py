@@ -5,12 +5,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
+from test_projects import as_nobody
 
-from partal_nb.config import preset
-from partal_nb.core import cache_dir, write_atomic
+from partal_nb.config import config_hash, preset
+from partal_nb.core import cache_dir, write_atomic, write_json
+from partal_nb.explore.run import open_run_view
+from partal_nb.reports.page import write_report
+from partal_nb.runs import loop
 from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.journal import read_journal
 
@@ -83,3 +90,80 @@ print([m for m in ('torch', 'timm', 'pandas', 'matplotlib', 'scipy.stats') if m 
 ''' % {k: v for k, v in TINY.items() if k not in ('encoder', 'pretrained')}
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert found.stdout == '[]\n', found.stderr
+
+def interrupted(cwd, *words, at): # a command, killed with its kernel as soon as a file is there
+    made = subprocess.Popen([sys.executable, '-m', 'partal_nb.cli', *words], cwd=cwd,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not at.exists():
+        assert made.poll() is None, made.stderr.read()
+        time.sleep(.02)
+    for process in [*psutil.Process(made.pid).children(recursive=True), made]: process.kill()
+    made.communicate()
+
+def test_tracked_interrupted_and_resumed(tmp_path):
+    "TensorBoard reads each number of the journal once, though the run was killed after its first round"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    words = ['run', '--out', 'demo', '--strategy', 'random', '--no-pictures', '--track', 'tensorboard', *SETTINGS]
+    folder = RunFolder(tmp_path/'demo')
+    interrupted(tmp_path, *words, at=folder.journal_file)
+    assert len(folder.journal()) == 1
+    made = subprocess.run([sys.executable, '-m', 'partal_nb.cli', *words], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    events = EventAccumulator(str(folder.path/'tracking/tensorboard')).Reload()
+    def seen(tag): return [(e.step, e.value) for e in events.Scalars(tag)]
+    lines = folder.journal()
+    assert len(lines) == 2 and seen('metrics/depth/rmse') == [
+        (r, pytest.approx(line['metrics']['depth']['rmse'], rel=1e-6)) for r, line in enumerate(lines)]
+    assert seen('cost') == [(r, pytest.approx(line['cost'])) for r, line in enumerate(lines)]
+    assert len(seen('curve')) == sum(len(line['curve']) for line in lines) > 0
+
+def open_to_all(folder): # pytest's own folders are for their owner alone
+    for f in [folder, *folder.rglob('*')]: f.chmod(0o555 if f.is_dir() else 0o444)
+    for parent in folder.parents:
+        if Path(tempfile.gettempdir()) in parent.parents: parent.chmod(0o755)
+
+def test_a_read_only_run_can_be_looked_at(tmp_path, monkeypatch):
+    "A report and a view; nothing is written into its folder, and whoever would resume it is told where that goes"
+    monkeypatch.setenv('PARTAL_CACHE', str(tmp_path/'cache'))
+    longer = preset('demo', strategy='random', **TINY)
+    folder = RunFolder(loop.run(replace(longer, rounds=0), tmp_path/'a run', progress=False))
+    write_json(folder.about_file, folder.about | dict(config=asdict(longer), hash=config_hash(longer))) # one is left
+    def look(page):
+        assert open_run_view(folder, progress=False).rounds == folder.journal()
+        assert '<html' in write_report([folder], page).read_text('utf-8')
+    look(tmp_path/'mine.html')
+    open_to_all(folder.path)
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out').chmod(0o777)
+    before = sorted(folder.path.rglob('*'))
+    def another():
+        look(tmp_path/'out/page.html')
+        with pytest.raises(PermissionError, match='a run may only be read here.*not resumed; copy its folder'):
+            loop.run(longer, folder, progress=False)
+    assert as_nobody(another) == 0
+    assert sorted(folder.path.rglob('*')) == before
+    for f in [folder.path, *folder.path.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)
+
+WITHOUT_FLOCK = '''
+import errno, fcntl, sys
+def flock(*_): raise OSError(errno.ENOSYS, 'this disk has no flock')
+fcntl.flock = flock
+from partal_nb.runs.folder import FolderInUse, RunFolder
+try:
+    with RunFolder(sys.argv[1]).locked():
+        print('mine', flush=True)
+        sys.stdin.read()
+except FolderInUse: print('in use')
+'''
+
+def test_a_disk_without_locks(tmp_path):
+    "One process at a time all the same, and what a killed one left behind stops nobody"
+    def start():
+        words = [sys.executable, '-W', 'ignore', '-c', WITHOUT_FLOCK, tmp_path]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = start()
+    assert first.stdout.readline() == 'mine\n'
+    assert start().communicate()[0] == 'in use\n'
+    first.kill()
+    first.communicate()
+    assert start().communicate()[0] == 'mine\n'

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Strategies', 'Seeds', 'PlanFile', 'Jobs', 'On', 'Gpus', 'PerGpu', 'Partition', 'Account', 'Minutes', 'Sbatch',
-           'Print', 'write_table', 'slurm_options', 'sweep', 'parse_shard', 'score_beside', 'score']
+           'Track', 'Print', 'write_table', 'parse_sbatch', 'slurm_options', 'sweep', 'parse_shard', 'score_beside',
+           'score_until_end', 'score']
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #41274b4c
 import shlex
@@ -61,40 +62,67 @@ def write_table(
     write_atomic(path, tidy(runs).to_csv(index=False).encode())
     return Path(path)
 
+# %% ../../nbs/97a_commands.sweeps.ipynb #e4095c76
+def _trackers(names:Iterable[str])->tuple[str, ...]: # the same; unknown ones are refused
+    from partal_nb.runs.track import check_trackers # with PyTorch
+    return check_trackers(names)
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #090f235e
+def _feed(folders:list[Path], track:Iterable[str]): # trackers, with all journals that there are
+    from partal_nb.runs.track import feed
+    for folder in folders:
+        for name in track: feed(folder, name)
+
 # %% ../../nbs/97a_commands.sweeps.ipynb #c00002ae
-def _sweep(runs:dict[Path, RunConfig], table:Path|None, tries:int, kernel:str, executor)->bool: # is all of it done?
+def _sweep(
+    runs:dict[Path, RunConfig], table:Path|None, tries:int, kernel:str, executor, track:Iterable[str],
+)->bool: # is all of it done?
     from partal_nb.runs.journal import read_journal
     from partal_nb.runs.sweep import sweep
     stopped = False
     try: sweep(runs, tries=tries, kernel=kernel, executor=executor)
     except KeyboardInterrupt: stopped = True
-    if table and any(read_journal(folder) for folder in runs): typer.echo(write_table(runs, table))
+    begun = [folder for folder in runs if read_journal(folder)]
+    if table and begun: typer.echo(write_table(runs, table))
+    if track: _feed(begun, track)
     finished = _report_left(runs, stopped)
     if stopped: raise typer.Exit(130)
     return finished
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #4c6e42d1
-def _print_commands(runs:dict[Path, RunConfig], kernel:str): # of the runs that are not finished
+def _print_commands(runs:dict[Path, RunConfig], kernel:str, track:Iterable[str]): # of the runs that are not finished
     from partal_nb.runs.folder import is_finished
     from partal_nb.runs.sweep import run_command
+    more = [word for name in track for word in ('--track', name)]
     for folder, c in runs.items():
-        if not is_finished(c, folder): typer.echo(shlex.join(run_command(c, folder, kernel)))
+        if not is_finished(c, folder): typer.echo(shlex.join(run_command(c, folder, kernel) + more))
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #528a9570
+def parse_sbatch(
+    options:list[str], # `name=value`, or `name` alone
+)->dict[str, str|bool]: # as submitit takes them
+    "Options of sbatch; one without a value is a switch, e.g. `exclusive`"
+    pairs = [text.partition('=') for text in options]
+    nameless = [''.join(parts) for parts in pairs if not parts[0].strip()]
+    if nameless: raise ValueError(f"--sbatch {nameless[0]}: expected name=value, e.g. gres=gpu:1, or exclusive")
+    return {name: value if equals else True for name, equals, value in pairs}
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #2a0acc14
 def slurm_options(
     on:str,        # value of `--on`
     partition:str, # empty: the cluster's own
     account:str,   # likewise
-    minutes:int,   # 0: four hours
-    sbatch:list[str]|None, # `name=value`, each
+    minutes:int|None,      # None: four hours
+    sbatch:list[str]|None, # `name=value` or `name`, each
 )->dict: # of submitit
     "What SLURM is asked for"
     given = dict(slurm_partition=partition, slurm_account=account)
-    given['slurm_additional_parameters'] = dict(text.partition('=')[::2] for text in sbatch or ())
+    given['slurm_additional_parameters'] = parse_sbatch(sbatch or [])
     given = {name: value for name, value in given.items() if value}
-    if on.startswith('slurm'): return given | dict(timeout_min=minutes or 240)
-    if given or minutes: raise ValueError("--partition, --account, --time and --sbatch are for --on slurm")
-    return {}
+    if not on.startswith('slurm') and (given or minutes is not None):
+        raise ValueError("--partition, --account, --time and --sbatch are for --on slurm")
+    if minutes is not None and minutes < 1: raise ValueError(f"--time {minutes}: expected minutes, at least 1")
+    return given | dict(timeout_min=minutes or 240) if on.startswith('slurm') else {}
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #81a1382f
 Strategies = Annotated[str, typer.Option(help="Names with commas between, or `all`; `partal strategies` lists them.")]
@@ -107,17 +135,25 @@ Jobs = Annotated[int, typer.Option(
 On = Annotated[str, typer.Option(
     help="Where: `slurm`, `slurm:local`, `dask:local` or `dask:ADDRESS`. Default: this machine.")]
 Gpus = Annotated[str, typer.Option(help="GPUs of this machine, one for each run: `auto`, or numbers, e.g. 0,1.")]
-PerGpu = Annotated[int, typer.Option(help="Runs that share a GPU.")]
+PerGpu = Annotated[Optional[int], typer.Option(help="Runs that share a GPU of --gpus. Default: one.")]
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #b698a980
 Partition = Annotated[str, typer.Option(help="Of SLURM. Default: the cluster's.")]
 Account = Annotated[str, typer.Option(help="Of SLURM. Default: yours.")]
-Minutes = Annotated[int, typer.Option(
+Minutes = Annotated[Optional[int], typer.Option(
     '--time', help="Minutes after which SLURM may end a run; it is queued again and resumes. Default: 240.")]
 Sbatch = Annotated[Optional[list[str]], typer.Option(
-    help="Another option of sbatch: name=value, e.g. gres=gpu:1. Repeatable.")]
+    help="Another option of sbatch: name=value, e.g. gres=gpu:1, or exclusive. Repeatable.")]
+Track = Annotated[Optional[list[str]], typer.Option(
+    help="At the end, keep each journal as a tracker's files, too: tensorboard, mlflow. Repeatable.")]
 Print = Annotated[bool, typer.Option(
     '--print', help="Only print the command of each unfinished run, e.g. for xargs or sbatch --array.")]
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #ebbd215e
+def _cards(gpus:str, per_gpu:int|None)->list[str]: # to be shared out
+    from partal_nb.runs.executors import choose_cards
+    if per_gpu is not None and not gpus: raise ValueError(f"--per-gpu {per_gpu}: of which GPUs? Give --gpus, too")
+    return choose_cards(gpus)
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #b8dd4cd9
 def sweep(
@@ -128,25 +164,26 @@ def sweep(
     tries:Annotated[int, typer.Option(
         help="How often a run that fails is started; wrong input is not tried twice.")]=3,
     data:Data='', kernel:Kernel='', changes:Changes=None, plugins:Imports=None,
-    on:On='', gpus:Gpus='', per_gpu:PerGpu=1,
-    partition:Partition='', account:Account='', minutes:Minutes=0, sbatch:Sbatch=None,
-    only_print:Print=False,
+    on:On='', gpus:Gpus='', per_gpu:PerGpu=None,
+    partition:Partition='', account:Account='', minutes:Minutes=None, sbatch:Sbatch=None,
+    track:Track=None, only_print:Print=False,
 ):
     "Run every strategy with every seed, or the arms of a planned study, and gather all journals in one table."
-    from partal_nb.runs.executors import choose_cards, open_executor
+    from partal_nb.runs.executors import open_executor
     from partal_nb.runs.paths import RunPaths
     with plain_errors():
         changed = parse_changes(changes, dict(preset='preset', strategy='strategies', seed='seeds', data='data'))
         load_plugins(plugins or ())
         if plan: runs = _planned(plan, seeds, out, dict(strategies=strategies, data=data, set=changed))
         else: runs = _sweep_runs(preset_name, strategies, seeds, out, changed | (dict(data=data) if data else {}))
-        if only_print: return _print_commands(runs, kernel)
-        cards = choose_cards(gpus)
+        trackers = _trackers(track) if track else ()
+        if only_print: return _print_commands(runs, kernel, trackers)
+        cards = _cards(gpus, per_gpu)
         check_kernel(kernel, cards)
         options = slurm_options(on, partition, account, minutes, sbatch)
-        place = open_executor(on, out/'.submitit', jobs, cards, per_gpu, **options)
+        place = open_executor(on, out/'.submitit', jobs, cards, 1 if per_gpu is None else per_gpu, **options)
         table = None if plan else RunPaths(out).sweep_file # arms of a plan are no strategies
-        with place as executor: finished = _sweep(runs, table, tries, kernel, executor)
+        with place as executor: finished = _sweep(runs, table, tries, kernel, executor, trackers)
     if not finished: raise typer.Exit(1)
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #f28cb79d
@@ -192,6 +229,31 @@ def score_beside(
     if wanted == 'features' and shards and len(arrays) > shards.size: shards.fill(models[0], arrays, share)
     return wanted
 
+# %% ../../nbs/97a_commands.sweeps.ipynb #ca6df418
+def _signs(folder)->tuple: # of life: what changes when a round ends or somebody has made a shard
+    r = len(folder.journal())
+    return r, sorted(path.name for path in folder.shards(r).glob('*'))
+
+# %% ../../nbs/97a_commands.sweeps.ipynb #ccb553f7
+def score_until_end(
+    folder,             # a `RunFolder`
+    share:float,        # of the shards that come before the first that this process makes
+    every:float=5.,     # seconds between two looks at the run
+    patience:float=180., # seconds without a sign of life, and with nobody at work, after which the run is given up
+)->bool: # has the run come to its end?
+    "Make shards whenever there are some to make"
+    before, alive, waiting = None, 0., False
+    while len(folder.journal()) <= folder.config.rounds:
+        score_beside(folder, share)
+        signs, now = _signs(folder), time.monotonic()
+        if signs == before and not waiting: typer.echo(f'{folder.path}: nothing to do; waiting for the run', err=True)
+        waiting = signs == before
+        if not waiting or folder.in_use: alive = now
+        elif now - alive > patience: return False
+        before = signs
+        time.sleep(every) # for the run to go on
+    return True
+
 # %% ../../nbs/97a_commands.sweeps.ipynb #684eb4b9
 def score(
     run_folder:Annotated[Path, typer.Argument(metavar='RUN', help="The folder of a run that is under way.")],
@@ -204,6 +266,8 @@ def score(
         load_plugins(plugins or ())
         folder = load_run(run_folder)
         share = parse_shard(shard)
-        while len(folder.journal()) <= folder.config.rounds:
-            score_beside(folder, share)
-            time.sleep(5) # for the run to go on
+        ended = score_until_end(folder, share)
+    if not ended:
+        typer.echo(f"{folder.path}: nobody makes this run any longer; its command resumes it, and then this may be "
+                   f"started again:\n  {folder.about.get('command') or 'partal run …'}", err=True)
+        raise typer.Exit(1)

@@ -9,6 +9,7 @@ __all__ = ['reference_counts']
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 from typing import Any, Callable
 
@@ -21,6 +22,7 @@ from ..pool import Pool
 from ..data.rooms import render_room
 from ..select.k_center import k_center
 from ..select.top import top_pairs
+from ..runs.folder import RunFolder
 from ..runs.journal import read_journal
 from ..runs.checks import load_data
 from ..runs.loop import label_start, open_run, run_round
@@ -183,3 +185,21 @@ def _round(quick:bool)->dict:
     top, bottom = 'the longest step besides training and passes', 'the whole first round'
     amounts = {top: [beside], bottom: [sum(seconds.values())]}
     return compare(amounts | {k: [v] for k, v in seconds.items()}, top, bottom)
+
+# %% ../../nbs/77_dev.pool_speed.ipynb #c96e7416
+def _first_step(out:str, **changes)->float: # seconds from the start of `partal run` to the end of its only step
+    one_step = changes | dict(rounds=0, train_by='steps', train_for=1, device='cpu')
+    words = [word for name, value in one_step.items() for word in ('--set', f'{name}={value}')]
+    began = time.time()
+    _command('run', '--no-pictures', '--out', out, *words)()
+    return RunFolder(out).checkpoint(0).stat().st_mtime - began
+
+# %% ../../nbs/77_dev.pool_speed.ipynb #b267247f
+@bench_line('first_step', 'seconds from `partal run` to the end of the first training step, warm cache', most=4.)
+def _first_steps(quick:bool)->dict:
+    small = dict(height=32, width=32, pool_images=16, test_images=4, start_images=6, features=8) if quick else {}
+    turns = 1 if quick else 5
+    with tempfile.TemporaryDirectory() as d:
+        if not quick: _first_step(f'{d}/warm')
+        seconds = [_first_step(f'{d}/{turn}', **small) for turn in range(turns)]
+    return compare({'partal run': seconds}, 'partal run')

@@ -7,6 +7,7 @@ __all__ = ['STOPPED', 'THREADS', 'end_with_parent', 'Work', 'run_process', 'read
            'count_cores', 'LocalExecutor', 'Again', 'JobQueue', 'QueueExecutor', 'open_executor']
 
 # %% ../../nbs/47_runs.executors.ipynb #ac331b06
+import asyncio
 import os
 import re
 import runpy
@@ -268,15 +269,26 @@ def _slurm(address:str, folder, jobs:int, options:dict)->Iterator[Executor]: # `
     except (RuntimeError, NameError, AssertionError) as e: raise ValueError(f"--on slurm: {e}") from e
     with QueueExecutor(queue, (jobs or 2) if address else 0) as pool: yield pool
 
+# %% ../../nbs/47_runs.executors.ipynb #5e3b3558
+async def _greet(address:str, limit:float): # connect to a scheduler, within `limit` seconds, greeting included
+    from distributed.comm import connect
+    from distributed.security import Security
+    connecting = connect(address, limit, **Security().get_connection_args('client'))
+    comm = await asyncio.wait_for(connecting, limit)
+    await comm.close()
+
 # %% ../../nbs/47_runs.executors.ipynb #97ea16d9
 @contextmanager
-def _dask(address:str, jobs:int)->Iterator[Executor]: # `address`: of a scheduler, or `local`
+def _dask(address:str, jobs:int, limit:float=10.)->Iterator[Executor]: # `address`: of a scheduler, or `local`
     distributed = _needed('distributed', 'dask')
     here = dict(n_workers=jobs or 2, threads_per_worker=1, processes=False, dashboard_address=None)
     where = here if address == 'local' else dict(address=address)
-    try: client = distributed.Client(timeout=10, **where)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"--on dask:{address}: no scheduler answers ({e}); expected dask:local, "
+    try:
+        if address != 'local': asyncio.run(_greet(address, limit)) # `Client` would wait for a greeting without end
+        client = distributed.Client(timeout=limit, **where)
+    except Exception as e: # whatever else listens there may answer anything
+        why = f'{type(e).__name__}: {e}'.removesuffix(': ')
+        raise ValueError(f"--on dask:{address}: no scheduler answers ({why}); expected dask:local, "
                          "or the address that `dask scheduler` printed, e.g. dask:tcp://10.0.0.1:8786") from e
     with client:
         workers = client.scheduler_info(n_workers=-1)['workers'].values()

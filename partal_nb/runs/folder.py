@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunMetadata', 'RunSettings', 'NetworkFiles', 'RunEstimator', 'RunCandidates', 'ScoreFiles', 'FolderInUse',
-           'RunFolder', 'load_run', 'is_finished']
+           'LockedFiles', 'RunFolder', 'load_run', 'is_finished']
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0003
 import json
@@ -159,8 +159,35 @@ class ScoreFiles(RunCandidates):
 class FolderInUse(ValueError):
     "Another process has the run folder"
 
+# %% ../../nbs/62_runs.folder.ipynb #a4e45434
+class LockedFiles(ScoreFiles):
+    "The files of a run, which one process at a time may write"
+    def _lock(self, wait:float)->FileLock:
+        return FileLock(self.lock_file, timeout=wait, poll_interval=.01)
+
+    @contextmanager
+    def locked(self):
+        "Nobody else can use the folder meanwhile"
+        lock = self._lock(.2) # `in_use` may have it for a moment
+        try: lock.acquire()
+        except Timeout as e:
+            raise FolderInUse(f"{self.path} is in use by another process; "
+                              "wait for it, or choose another --out") from e
+        except PermissionError as e:
+            raise PermissionError(e.errno, f"{self.path} may only be read here: the run can be reported and explored, "
+                                  "but not resumed; copy its folder to where you may write") from e
+        try: yield
+        finally: lock.release()
+
+    @property
+    def in_use(self)->bool:
+        "Does a process make this run? Whoever starts to at this moment does not notice that it was asked"
+        try:
+            with self._lock(0): return False
+        except Timeout: return True
+
 # %% ../../nbs/62_runs.folder.ipynb #a62f0036
-class RunFolder(ScoreFiles):
+class RunFolder(LockedFiles):
     "The files of a run"
     def check_files(self):
         "Refuse a folder in which a finished round can't be looked at"
@@ -173,17 +200,6 @@ class RunFolder(ScoreFiles):
         if missing:
             raise FileNotFoundError(f"{self.path}: {missing} missing; bring these files here, "
                                     "or make the run again where they are not")
-
-    @contextmanager
-    def locked(self):
-        "Nobody else can use the folder meanwhile"
-        lock = FileLock(self.lock_file, blocking=False)
-        try: lock.acquire()
-        except Timeout as e:
-            raise FolderInUse(f"{self.path} is in use by another process; "
-                              "wait for it, or choose another --out") from e
-        try: yield
-        finally: lock.release()
 
     def remove_torn(self):
         "Remove what an interruption in the middle of a write left behind"
