@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import partal_nb.data.furniture
@@ -255,6 +255,11 @@ def _kind_of(source:Folder)->str:
     name = next(k for k, layout in FOLDER_LAYOUTS.items() if layout is source.layout)
     return f'{name}: {source.layout.looks_like}'
 
+# %% ../../nbs/19_data.prepare.ipynb #9c008419
+def _others(folder:Path, taken:set, beside:Iterable[str])->list[Path]: # beside: suffixes that are no label
+    shown = [f for f in folder.iterdir() if f.is_file() and f.name[0] != '.']
+    return [f for f in shown if f not in taken and f.suffix.lower() not in beside]
+
 # %% ../../nbs/19_data.prepare.ipynb #34a98b33
 def left_out(
     source,   # a `Folder`; of a prepared data set nothing is left out
@@ -268,9 +273,7 @@ def left_out(
     found = []
     for folder in [source.path, *sorted(p for p in source.path.rglob('*') if p.is_dir() and p.name[0] != '.')]:
         if but and folder.resolve().is_relative_to(Path(but).resolve()): continue
-        beside = BESIDE[1:] if folder == source.path else () # lists, notes, files of tasks
-        files = [f for f in folder.iterdir() if f.is_file() and f.name[0] != '.' and f not in taken
-                 and f.suffix.lower() not in beside]
+        files = _others(folder, taken, BESIDE[1:] if folder == source.path else ()) # lists, notes, files of tasks
         if not files or folder in used and len(files) < 2 and not files[0].suffix: continue
         found.append(f'left out: {len(files)} files of {folder.relative_to(source.path)}/, e.g. {files[0].name}')
     unlisted = len(set(source.ids('rgb')) - set(images_of(source.splits)))
