@@ -457,6 +457,12 @@ def test_a_run_that_is_not_there_is_refused_before_a_server_starts(tmp_path):
     assert done.returncode == 2 and 'config.json is missing' in done.stderr and not done.stdout
     assert not answers(f'http://127.0.0.1:{port}') and not list(tmp_path.iterdir())
 
+def test_a_recording_for_rerun(opened, tmp_path):
+    command = [BIN/'partal', 'explore', opened.folder.path, '--rerun', 'run.rrd']
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, '10 images, to be opened with `rerun run.rrd`\n'), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['run.rrd'] and (tmp_path/'run.rrd').stat().st_size > 10_000
+
 def test_the_demo_run_is_never_made_among_photographs(tmp_path):
     photos = [tmp_path/f'{i}.jpg' for i in range(3)]
     for p in photos: Image.new('RGB', (8, 8)).save(p)

@@ -192,18 +192,28 @@ def _check_explorable(folder:Path):
     project = ProjectFolder(folder)
     (project if project.exists else RunFolder(folder)).about
 
+# %% ../../nbs/97_commands.runs.ipynb #31ee1c01
+def _record(run_folder:Path, file:Path):
+    from partal_nb.explore.chooser import open_view
+    from partal_nb.explore.recording import write_recording
+    n = write_recording(open_view(run_folder), file)
+    typer.echo(f'{n} images, to be opened with `rerun {file}`')
+
 # %% ../../nbs/97_commands.runs.ipynb #c00002b5
 def explore(
     run_folder:Annotated[Path, typer.Argument(
         metavar='RUN', help="A run folder, or a labeling project.")]=Path('runs/demo'),
     name:Annotated[str, typer.Option('--app', help=f"What to look at: {', '.join(APPS)}.")]='all',
     port:Annotated[int, typer.Option(help="Port on 127.0.0.1.")]=8866,
+    rerun:Annotated[Optional[Path], typer.Option(
+        metavar='FILE', help="Write 24 images as a recording for the Rerun viewer (.rrd) instead.")]=None,
     plugins:Imports=None,
 ):
     "Look at a run in the browser: entropy maps, purchases, injected labels. Ctrl-C ends it."
     import secrets
     with plain_errors():
         load_plugins(plugins or ())
+        if rerun: return _record(run_folder, rerun)
         command = voila_command(name, port)
         _check_explorable(run_folder)
         _check_port(port)
