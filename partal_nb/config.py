@@ -140,7 +140,8 @@ def _check_type(c:RunConfig, name:str, expected):
     kind = getattr(expected, '__origin__', expected)
     v = getattr(c, name)
     if kind is float and type(v) is int: object.__setattr__(c, name, float(v))
-    elif type(v) is not kind: raise TypeError(f"config {name}: expected {kind.__name__}, got {v!r}")
+    elif type(v) is not kind:
+        raise TypeError(f"config {name}: expected {'true or false' if kind is bool else kind.__name__}, got {v!r}")
     if kind is float and not math.isfinite(v): raise ValueError(f"config {name}: expected a finite number, got {v!r}")
 
 # %% ../nbs/04_config.ipynb #c000000e

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..config import OLD_FIELDS, PRESETS, RunConfig
+from ..config import OLD_FIELDS, PRESETS, RunConfig, did_you_mean
 
 # %% ../../nbs/79_commands.common.ipynb #c00002ac
 @contextmanager
@@ -160,7 +160,9 @@ def given_changes(
     there = list(RunConfig.__dataclass_fields__)
     fields = {OLD_FIELDS.get(k, k): names[k] for k in injected_names(names.get('In', ())) if k not in own}
     unknown = sorted(set(fields) - set(there))
-    if unknown: raise ValueError(f"unknown parameters {unknown}: expected {[*own]}, or a field of the configuration")
+    if unknown:
+        near = did_you_mean(unknown, [*own, *there])
+        raise ValueError(f"unknown parameters {unknown}: expected {[*own]}, or a field of the configuration{near}")
     return dict(changes) | fields
 
 # %% ../../nbs/79_commands.common.ipynb #f7cdca74
