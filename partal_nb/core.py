@@ -103,8 +103,9 @@ def write_atomic(
     except OSError as e:
         part.unlink(missing_ok=True)
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(e.errno, f"no space left to write {path} ({len(data):,} bytes); what was there is unharmed: "
-                                   "free some space and run the same command again") from e
+            raise OSError(e.errno, f"no space left to write {path} ({len(data):,} bytes); "
+                                   "the file that was there is unchanged: free some space and run the same "
+                                   "command again") from e
         raise
 
 # %% ../nbs/00_core.ipynb #c0000002

@@ -59,16 +59,16 @@ def rooms(
 
 # %% ../../nbs/98_commands.project.ipynb #57152baa
 def check(
-    out:Annotated[Path, typer.Argument(help="A prepared data set, or a folder in a known layout.")],
+    data:Annotated[Path, typer.Argument(help="A prepared data set, or a folder in a known layout.")],
     sheet:Annotated[Optional[Path], typer.Option(help="A picture to write: some images with all their labels.")]=None,
     as_json:AsJson=False,
 ):
     "Read all images and labels, count them, list every fault; exit code 1 if there is one."
     from partal_nb.data.prepare import check, contact_sheet, open_source
     with plain_errors():
-        found = check(out)
+        found = check(data)
         show(found, as_json)
-        if sheet and found.counts: contact_sheet(open_source(out)).savefig(sheet)
+        if sheet and found.counts: contact_sheet(open_source(data)).savefig(sheet)
         if found.faults: raise typer.Exit(1)
 
 # %% ../../nbs/98_commands.project.ipynb #d4ed6229
@@ -140,7 +140,7 @@ def tell(
         '--format', help="png, npy, label-studio, cvat or coco. Default: auto-detect.")]='',
     who:Annotated[str, typer.Option(help="Who made it, where the file names nobody.")]='annotator',
     plugins:Imports=None,
-    yes:Annotated[bool, typer.Option('--yes', help="Take minutes that are hardly true.")]=False,
+    yes:Annotated[bool, typer.Option('--yes', help="Take minutes that are not plausible.")]=False,
     as_json:AsJson=False,
 ):
     "Import labels and rejections; exit code 1 if a file was refused, or none was used."
@@ -159,7 +159,8 @@ def tell(
 # %% ../../nbs/98_commands.project.ipynb #6152e804
 def status(
     project:InProject=Path('project'),
-    money:Annotated[Optional[float], typer.Option(help="The next purchase; Default: as much as the last batch.")]=None,
+    money:Annotated[Optional[float], typer.Option(
+        help="What the next purchase may cost. Default: as much as the last batch.")]=None,
     picture:Annotated[Optional[Path], typer.Option(help="A picture to write: quality against money.")]=None,
     as_json:AsJson=False,
     plugins:Imports=None,
@@ -179,7 +180,7 @@ def log(
     backup:Annotated[Optional[Path], typer.Option(help="A file to write a whole copy of the ledger to.")]=None,
     as_json:AsJson=False,
 ):
-    "Print every event and every correction: asked, told, rejected, amended, with price, time, who, content hash."
+    "Print all that was asked, imported, rejected or corrected, with price, time, who and content hash."
     with plain_errors():
         from partal_nb.annotate.project import open_project
         from partal_nb.annotate.status import log_lines
@@ -198,7 +199,7 @@ def correct(
     who:Annotated[str, typer.Option(help="Who made it.")]='',
     note:Annotated[Optional[str], typer.Option(help="Its note, e.g. why it was rejected.")]=None,
     price:Annotated[Optional[float], typer.Option(help="What was paid for it.")]=None,
-    yes:Annotated[bool, typer.Option('--yes', help="Take minutes that are hardly true.")]=False,
+    yes:Annotated[bool, typer.Option('--yes', help="Take minutes that are not plausible.")]=False,
 ):
     "Correct minutes, annotator, note or price of an answer; the label stays, and the log shows both."
     with plain_errors():

@@ -24,7 +24,7 @@ import partal_nb.data.walks
 from tqdm import tqdm
 
 # %% ../../nbs/19_data.prepare.ipynb #41d4288a
-from ..core import add_entry, cache_dir, inside, write_atomic
+from ..core import add_entry, cache_dir, inside, many, write_atomic
 from ..tasks import Encoding, Task, task_to_version_1
 from .rooms import ROOM_TASKS
 from .dataset import INDEX, PLAN, SOURCE, Dataset, all_of, images_of, strangers, verify
@@ -236,7 +236,7 @@ class Checked(NamedTuple):
     notes:tuple=() # what the folder is taken for, what is left out, how large its numbers are
 
     def __str__(self):
-        title = f'{len(self.faults)} faults:' if self.faults else 'no faults'
+        title = f"{many(len(self.faults), 'fault(s)')}:" if self.faults else 'no faults'
         faults = [f'  {f.what}' for f in self.faults]
         return '\n'.join([self.name, *self.notes, *_columns(self.counts), title, *faults])
 

@@ -106,7 +106,7 @@ def explained(
     if 'full' not in text and 'disk I/O' not in text: return e
     code, why = errno.EIO, 'disk full, over quota or failing'
     if 'full' in text: code, why = errno.ENOSPC, 'no space left'
-    return OSError(code, f"{why}: could not write {ledger.path}; what was there is unharmed: "
+    return OSError(code, f"{why}: could not write {ledger.path}; the file that was there is unchanged: "
                          "free some space and run the same command again")
 
 # %% ../../nbs/59_runs.schema.ipynb #7f56f3a7
