@@ -325,6 +325,7 @@ class LinkedOpener(RunOpener):
         folder='',         # as in `find_run`
     ):
         super().__init__(explorer, folder)
+        self.near = Path(self.path.value).resolve().parent, Path(os.environ.get('PARTAL_HERE', '.')).resolve()
         self.opened, self.linked = w.Text(), Linked(self.address)
         self.opened.observe(lambda change: self.go(change['new']), 'value') # before what writes the address
         self.linked.add(dict(run=self.opened))
@@ -338,7 +339,9 @@ class LinkedOpener(RunOpener):
         if path == self.path.value: return
         self.linked.start(path)
         self.path.value = path
-        self.open_run()
+        if any(Path(path).resolve().is_relative_to(place) for place in self.near): return self.open_run()
+        self.body.children = [] # whoever wrote the link may not be who reads it
+        self.show(f"The link names {path}, which is elsewhere; `open` opens it.")
 
     def open_run(self): raise NotImplementedError
 
