@@ -45,8 +45,9 @@ def open_zip(
         raise ValueError(f"{path}: not a whole zip ({size:,} bytes): {e}; copy it again") from e
     for what, got, most in _zip_sizes(opened.infolist(), limits):
         if got > most:
-            raise ValueError(f"{path}: would unpack to {got:,} {what}, expected at most {most:,}; "
-                             "if it is honest, unpack it yourself and give the folder, or split it")
+            largest = max(opened.infolist(), key=lambda m: m.file_size)
+            raise ValueError(f"{path}: would unpack to {got:,} {what}, expected at most {most:,} (its largest file: "
+                             f"{largest.filename}); if it is honest, unpack it yourself and give the folder, or split it")
     return opened
 
 # %% ../../nbs/81_annotate.submission.ipynb #G8100001
