@@ -47,7 +47,8 @@ def open_zip(
         if got > most:
             largest = max(opened.infolist(), key=lambda m: m.file_size)
             raise ValueError(f"{path}: would unpack to {got:,} {what}, expected at most {most:,} (its largest file: "
-                             f"{largest.filename}); if it is honest, unpack it yourself and give the folder, or split it")
+                             f"{largest.filename}); if it is honest, unpack it yourself and give the folder, "
+                             "or split it")
     return opened
 
 # %% ../../nbs/81_annotate.submission.ipynb #G8100001
