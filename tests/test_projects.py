@@ -26,7 +26,7 @@ from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.submission import Submission
 from partal_nb.annotate.tell import clear_leftovers, correct, restore, tell
-from partal_nb.annotate.images import add
+from partal_nb.annotate.images import add, relocate
 from partal_nb.annotate.replay import PURCHASES
 from partal_nb.annotate.status import log_lines, status
 from partal_nb.cli import app
@@ -243,6 +243,7 @@ def test_images_that_are_none(project, tmp_path):
         init(tmp_path/'card', tmp_path/'new', (DEPTH,), say=said.append, pretrained=False)
     assert PIPE in str(refused.value) and TORN in str(refused.value) and not (tmp_path/'new').exists()
     assert said == ['left out: 1 files of ./, e.g. phone.heic']
+    relocate(project.folder, shutil.copytree(project.data, tmp_path/'photos')) # those of the other tests stay
     found = add(project.folder, [tmp_path/'card'])
     assert found.images == ('whole',) and len(found.problems) == 3, found.problems
     for why, text in zip(found.problems, ('1 file not taken, e.g. phone.heic', PIPE, TORN)): assert text in why
