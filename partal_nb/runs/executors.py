@@ -284,7 +284,8 @@ def _dask(address:str, jobs:int, limit:float=10.)->Iterator[Executor]: # `addres
     here = dict(n_workers=jobs or 2, threads_per_worker=1, processes=False, dashboard_address=None)
     where = here if address == 'local' else dict(address=address)
     try:
-        if address != 'local': asyncio.run(_greet(address, limit)) # `Client` would wait for a greeting without end
+        if address != 'local': # `Client` would wait for a greeting without end; a notebook's own loop is busy
+            with ThreadPoolExecutor(1) as aside: aside.submit(asyncio.run, _greet(address, limit)).result()
         client = distributed.Client(timeout=limit, **where)
     except Exception as e: # whatever else listens there may answer anything
         why = f'{type(e).__name__}: {e}'.removesuffix(': ')

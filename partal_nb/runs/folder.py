@@ -23,6 +23,7 @@ from ..core import derive_seed
 from ..pool import Pool, Scores, sample_pool, scores_from_rows
 from ..plugins import load_recorded
 from .paths import RoundPaths
+from .schema import read_only
 from .journal import read_journal
 
 # %% ../../nbs/62_runs.folder.ipynb #a62f0016
@@ -173,9 +174,7 @@ class LockedFiles(ScoreFiles):
         except Timeout as e:
             raise FolderInUse(f"{self.path} is in use by another process; "
                               "wait for it, or choose another --out") from e
-        except PermissionError as e:
-            raise PermissionError(e.errno, f"{self.path} may only be read here: the run can be reported and explored, "
-                                  "but not resumed; copy its folder to where you may write") from e
+        except PermissionError as e: raise read_only(self.path) from e
         try: yield
         finally: lock.release()
 
