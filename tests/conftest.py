@@ -41,6 +41,12 @@ def tools()->Path:
     if (home/'bin'/'label-studio').is_file(): return home/'bin'
     pytest.skip(f"no annotation tools in {home}, or where PARTAL_TOOLS says: `make tools` installs them")
 
+@pytest.fixture(scope='session')
+def studio(tools, tmp_path_factory):
+    "A running Label Studio"
+    from studio import running_studio
+    with running_studio(tools, tmp_path_factory.mktemp('studio')) as s: yield s
+
 @pytest.fixture
 def ctrl_c_arrives():
     "Where the tests run in the background SIGINT may be ignored, and a child inherits that"

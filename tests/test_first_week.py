@@ -1,5 +1,6 @@
 """A lead's first week, from a terminal: a start, Label Studio and CVAT, late, wrong, corrected and rejected answers,
-new images, a changed photograph, a lost ledger, and where it all stands"""
+new images, a changed photograph, a lost ledger, and where it all stands; once with exports that are made here, and once
+with a Label Studio that runs, over its API"""
 import base64
 import io
 import json
@@ -35,13 +36,15 @@ tasks = [{{name = "semseg", classes = {json.dumps(SEMSEG.classes)}, cost = 9, fo
 """
 TINY = 'height=32 width=48 features=8 encoder=test_efficientnet pretrained=false train_by=steps train_for=6 passes=2'
 
-@pytest.fixture(scope='module')
-def week(tmp_path_factory): return Week(tmp_path_factory.mktemp('week'))
+@pytest.fixture(scope='module', params=['made here', pytest.param('Label Studio', marks=pytest.mark.slow)])
+def week(request, tmp_path_factory):
+    tool = OverApi(request.getfixturevalue('studio')) if request.param == 'Label Studio' else MadeHere()
+    return Week(tmp_path_factory.mktemp('week'), tool)
 
 class Week:
     "A terminal in a folder"
-    def __init__(self, place):
-        self.place, self.project = place, place/'project'
+    def __init__(self, place, tool):
+        self.place, self.project, self.tool = place, place/'project', tool
 
     def partal(self, *args, code=0): # what it printed
         r = CliRunner().invoke(app, [*map(str, args), '--project', str(self.project)])
@@ -58,14 +61,34 @@ class Week:
     def labels(self):
         with open_project(self.project).ledger() as ledger: return ledger.labels()
 
-def export(queries, label, minutes=9): # of Label Studio
-    def task(q):
-        room = ROOMS[q['image']]
-        made = label_studio_task(Query(q['image'], SEMSEG, room['rgb'], label(room['semseg'].reshape(H, W, 1))))
-        made['annotations'] = [dict(result=made['predictions'][0]['result'], lead_time=60*minutes,
-                                    completed_by=dict(email='ann@x.org'), updated_at='2026-01-02')]
-        return made
-    return json.dumps([task(q) for q in queries]).encode()
+def painted(q, label): # a task of Label Studio whose guess is `label` of the truth
+    room = ROOMS[q['image']]
+    return label_studio_task(Query(q['image'], SEMSEG, room['rgb'], label(room['semseg'].reshape(H, W, 1))))
+
+class MadeHere:
+    "An export as Label Studio writes it"
+    def export(self, folder, queries, label, minutes=9): # folder: of the batch's task
+        def task(q):
+            made = painted(q, label)
+            made['annotations'] = [dict(result=made['predictions'][0]['result'], lead_time=60*minutes,
+                                        completed_by=dict(email='ann@x.org'), updated_at='2026-01-02')]
+            return made
+        return json.dumps([task(q) for q in queries]).encode()
+
+class OverApi:
+    "A project of a running Label Studio: the tasks as `ask` wrote them, annotated and exported over its API"
+    def __init__(self, studio): self.studio, self.project, self.tasks = studio, None, {}
+
+    def export(self, folder, queries, label, minutes=9): # folder: of the batch's task
+        if self.project is None:
+            self.project, ids = self.studio.project('first week', folder)
+            for id in ids: self.tasks[self.studio.call('GET', f'/api/tasks/{id}')['data']['image_id']] = id
+        for q in queries:
+            body = dict(result=painted(q, label)['predictions'][0]['result'], lead_time=60*minutes)
+            there = self.studio.call('GET', f"/api/tasks/{self.tasks[q['image']]}")['annotations']
+            if there: self.studio.call('PATCH', f"/api/annotations/{there[0]['id']}/", json=body)
+            else: self.studio.call('POST', f"/api/tasks/{self.tasks[q['image']]}/annotations/", json=body)
+        return json.dumps(self.studio.export(self.project)).encode()
 
 def test_monday_a_project_starts_where_labels_are(week):
     "Six segmentations, five depth maps, no normals: what can be trained is, and normals start through depth"
@@ -90,7 +113,8 @@ def test_tuesday_label_studio_brings_a_part(week):
     sent = json.loads((week.project/'batches/001/semseg/tasks.json').read_text())
     assert all(isinstance(t['data']['uncertainty'], float) for t in sent)
     asked = week.queries(1, 'semseg')
-    write_atomic(week.place/'export.json', export(asked[:-1], lambda y: y))
+    folder = week.project/'batches/001/semseg'
+    write_atomic(week.place/'export.json', week.tool.export(folder, asked[:-1], lambda y: y))
     said = week.partal('tell', 1, week.place/'export.json')
     assert f'{len(asked) - 1} new label' in said and 'still out' in said
     assert f'{len(asked) - 1} known already' in week.partal('tell', 1, week.place/'export.json')
@@ -122,7 +146,7 @@ def test_thursday_corrections(week):
     "A label made better, and minutes, annotator and note put right by name; the log shows both"
     first = week.queries(1, 'semseg')[0]
     better = lambda y: np.where(np.arange(H)[:, None, None] < 4, SEMSEG.ignore, y).astype(np.uint8)
-    write_atomic(week.place/'better.json', export([first], better))
+    write_atomic(week.place/'better.json', week.tool.export(week.project/'batches/001/semseg', [first], better))
     assert '1 corrected label' in week.partal('tell', 1, week.place/'better.json')
     image = week.queries(1, 'depth')[0]['image']
     assert 'minutes: 1.0' in week.partal('correct', image, 'depth', '--minutes', 1, '--who', 'Eva\n2026-01-01  told')
