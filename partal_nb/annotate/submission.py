@@ -43,32 +43,39 @@ def open_zip(
     except (*UNREADABLE, KeyError, IndexError) as e:
         size = Path(path).stat().st_size
         raise ValueError(f"{path}: not a whole zip ({size:,} bytes): {e}; copy it again") from e
-    for what, got, most in _zip_sizes(opened.infolist(), limits):
+    for what, got, most in _zip_sizes([m for m in opened.infolist() if not _explodes(m, limits)], limits):
         if got > most:
-            largest = max(opened.infolist(), key=lambda m: m.file_size)
-            raise ValueError(f"{path}: would unpack to {got:,} {what}, expected at most {most:,} (its largest file: "
-                             f"{largest.filename}); if it is honest, unpack it yourself and give the folder, "
-                             "or split it")
+            raise ValueError(f"{path}: would unpack to {got:,} {what}, expected at most {most:,}; if it is honest, "
+                             "unpack it yourself and give the folder, or split it")
     return opened
 
 # %% ../../nbs/81_annotate.submission.ipynb #G8100001
 def _zip_sizes(members:list, limits:dict): # (what, how many, how many at most)
-    sizes = [m.file_size for m in members]
-    unpacked = sum(sizes)
+    unpacked = sum(m.file_size for m in members)
     packed = max(1, sum(m.compress_size for m in members))
     yield 'files', len(members), limits['members']
     yield 'bytes', unpacked, limits['bytes']
-    yield 'bytes in one file', max(sizes, default=0), limits['largest']
     yield 'times its size', unpacked//packed, limits['ratio'] if unpacked > limits['small'] else math.inf
+
+# %% ../../nbs/81_annotate.submission.ipynb #73889ce9
+def _explodes(member:zipfile.ZipInfo, limits:dict)->str: # empty, or why
+    size, times = member.file_size, member.file_size//max(1, member.compress_size)
+    large, dense = size > limits['largest'], size > limits['small'] and times > limits['ratio']
+    most = f"{limits['largest']:,} bytes" if large else f"{limits['ratio']} times"
+    if not large and not dense: return ''
+    return (f"the zip says {size:,} bytes, {times:,} times what is packed, expected at most {most}; "
+            "if it is honest, unpack it yourself")
 
 # %% ../../nbs/81_annotate.submission.ipynb #58ffdcbb
 PACKED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED # ways that can be unpacked piece by piece
 def unpack(
     opened:zipfile.ZipFile,
-    name:str, # of a file in it
+    name:str,           # of a file in it
+    limits:dict=LIMITS, # as `LIMITS`
 )->bytes:
     "The content of a file in a zip, never more than the zip says"
     info = opened.getinfo(name)
+    if why := _explodes(info, limits): raise ValueError(why)
     if info.compress_type not in PACKED: raise ValueError("it is packed with bzip2 or LZMA; pack an ordinary zip")
     parts, left = [], info.file_size + 1
     with opened.open(info) as f:
