@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'COLOR_BLIND', 'TO_CONES', 'FROM_CONES', 'same_image', 'say_once', 'many', 'derive_seed', 'set_seed',
-           'pick_device', 'write_atomic', 'write_json', 'inside', 'ordinary', 'cache_dir', 'check_from_0', 'origin',
-           'add_entry', 'oklab', 'as_seen', 'distinct_colors']
+           'pick_device', 'write_atomic', 'write_json', 'inside', 'ordinary', 'other_files', 'cache_dir',
+           'check_from_0', 'origin', 'add_entry', 'oklab', 'as_seen', 'distinct_colors']
 
 # %% ../nbs/00_core.ipynb #c0000006
 import errno
@@ -137,6 +137,16 @@ def ordinary(
     file = Path(path)
     if file.exists() and not file.is_file():
         raise ValueError(f"{path} ({what}): expected a file, got a pipe, a device or a folder; take it away")
+
+# %% ../nbs/00_core.ipynb #923a091a
+def other_files(
+    folder:Path,
+    taken,     # files in it that are read
+    suffixes,  # of files that lie there and need not be read, in lower case
+)->list[Path]: # in the order of their names, hidden ones left out
+    "What else lies in a folder"
+    shown = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0] != '.')
+    return [f for f in shown if f not in taken and f.suffix.lower() not in suffixes]
 
 # %% ../nbs/00_core.ipynb #c0000003
 def cache_dir()->Path: # made if missing

@@ -458,7 +458,7 @@ def test_two_tell_at_once(project, tmp_path):
 def test_two_ask_at_once(project):
     import filelock
     with filelock.FileLock(project.folder/'.ask.lock'):
-        with pytest.raises(ValueError, match='another `partal ask` works on'): ask(project.folder, budget=10)
+        with pytest.raises(ValueError, match='is in use by another process'): ask(project.folder, budget=10)
 
 # Money
 

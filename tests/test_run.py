@@ -373,7 +373,7 @@ def test_one_process_at_a_time(tmp_path, whole):
     folder = tmp_path/'run'
     first = Child(TINY, folder, hooks=[StandStill()])
     while first.process.is_alive() and not (folder/'ledger.db').exists(): time.sleep(.01)
-    message = 'is in use by another process; wait for it, or choose another --out'
+    message = 'is in use by another process; wait for it, or choose another folder'
     with pytest.raises(ValueError, match=message): run(TINY, folder, progress=False)
     assert first.end(0)[0] == -signal.SIGKILL
     assert Child(TINY, folder).end() == (0, '') and result(folder) == whole

@@ -12,14 +12,12 @@ import math
 import os
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 # %% ../../nbs/87_annotate.ask.ipynb #1dfb6433
 from ..core import derive_seed, pick_device, set_seed, write_atomic, write_json
@@ -27,7 +25,7 @@ from ..tasks import Pair, Task
 from ..pool import Pool, Scores, scores_from_rows, write_scores
 from ..data.dataset import has_label
 from ..select.strategy import acquisition_of, needs_to_show, strategy_of
-from ..runs.schema import AFTER, read_only
+from ..runs.schema import AFTER
 from ..runs.ledger import Ledger
 from ..runs.journal import Steps
 from .arrays import given_labels, kept_labels, project_arrays, some_arrays
@@ -83,16 +81,6 @@ def batch_number(ledger:Ledger)->int:
     number = int(asked['round'].max())
     return number if asked.id.max() == ledger.last() else number + 1
 
-# %% ../../nbs/87_annotate.ask.ipynb #c00001f7
-@contextmanager
-def _locked(p:Project):
-    lock = FileLock(p.files.lock_file, blocking=False)
-    try: lock.acquire()
-    except Timeout as e: raise ValueError(f"another `partal ask` works on {p.folder}; wait for it") from e
-    except PermissionError as e: raise read_only(p.folder) from e
-    try: yield
-    finally: lock.release()
-
 # %% ../../nbs/87_annotate.ask.ipynb #22ce9070
 def ask(
     folder,             # of the project
@@ -107,7 +95,7 @@ def ask(
     "Train, score, and write the next query batch; the same one again as long as nothing was imported"
     p = open_project(folder)
     request = check_request(p, budget, money, currency)
-    with _locked(p), p.ledger() as ledger:
+    with p.files.locked(), p.ledger() as ledger:
         r = batch_number(ledger)
         steps = Steps(p.files.steps_file(r))
         _note_request(steps, r, request)

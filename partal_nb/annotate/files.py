@@ -19,7 +19,7 @@ from typing import Iterable, Iterator
 
 import numpy as np
 
-from ..core import many, write_atomic, write_json
+from ..core import many, other_files, write_atomic, write_json
 from ..tasks import Pair
 from ..data.dataset import INDEX
 from ..data.folders import BESIDE, READABLE, own_images
@@ -138,11 +138,15 @@ def _copy_image(folder:Path, source:Path)->str: # empty, or why not
     return ''
 
 # %% ../../nbs/49_annotate.files.ipynb #ae62dd60
-def _no_images(folder:Path)->list[str]: # a line, if something lies there that can't be read
-    other = sorted(f.name for f in folder.iterdir() if f.name[0] != '.' and f.is_file()
-                   and f.suffix.lower() not in (*READABLE, *BESIDE[1:]))
-    if not other: return []
-    return [f"{folder}: {many(len(other), 'file(s)')} not taken, e.g. {other[0]}; save photographs as PNG or JPEG"]
+def _no_images(folder:Path)->list[str]: # what lies there and isn't taken, a line each for files and for folders
+    files = other_files(folder, images_in(folder), BESIDE[1:])
+    inner = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != '.' and images_in(f))
+    found = []
+    if files: found = [f"{folder}: {many(len(files), 'file(s)')} not taken, e.g. {files[0].name}; "
+                       "save photographs as PNG or JPEG"]
+    if inner: found.append(f"{folder}: {many(len(inner), 'folder(s)')} of images in it not looked into, e.g. {inner[0].name}; "
+                           "name such folders themselves")
+    return found
 
 # %% ../../nbs/49_annotate.files.ipynb #32425286
 def copy_images(

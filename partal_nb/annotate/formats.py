@@ -212,17 +212,17 @@ SENT = {'images', 'guess', 'uncertainty'} # folders that went out
 
 # %% ../../nbs/85_annotate.formats.ipynb #9a89c095
 def _json_format(submission:Submission, names:list)->tuple: # its name or '', and why a file can't be read
-    torn = None
-    form = any(PurePosixPath(n).name == 'answers.csv' for n in names) # it may hold all that there is to say
+    problem = None
+    has_form = any(PurePosixPath(n).name == 'answers.csv' for n in names) # it may hold all that there is to say
     for n in (n for n in names if n.lower().endswith('.json')):
         try: content = read_json(submission.bytes(n), n)
-        except ValueError as e: torn = torn or e
+        except ValueError as e: problem = problem or e
         else:
             if is_label_studio(content): return 'label-studio', None
             if is_coco(content): return 'coco', None
-            if not form and PurePosixPath(n).name not in OURS: torn = torn or ValueError(
+            if not has_form and PurePosixPath(n).name not in OURS: problem = problem or ValueError(
                 f"{n}: neither a full export of Label Studio nor COCO; in Label Studio choose JSON, not JSON-MIN")
-    return '', torn
+    return '', problem
 
 # %% ../../nbs/85_annotate.formats.ipynb #ea514c9f
 def detect_format(
@@ -234,11 +234,11 @@ def detect_format(
     def any_with(suffix): return any(n.lower().endswith(suffix) for n in came)
     if any(PurePosixPath(n).name == 'labelmap.txt' for n in came): return 'cvat'
     if any_with('.zip'): return 'cvat' # only CVAT's come as zips in a folder
-    found, torn = _json_format(submission, came)
+    found, problem = _json_format(submission, came)
     if found: return found
     for name in ('npy', 'png'):
         if any_with(f'.{name}'): return name
-    if torn: raise torn
+    if problem: raise problem
     raise UnknownFormat(f"{path}: none of {list(FORMATS)}; there are {submission.names[:5] or 'no files'}. "
                         "Name the format, or put the labels into labels/")
 

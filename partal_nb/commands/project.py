@@ -242,7 +242,7 @@ def remove(
     with plain_errors():
         from partal_nb.core import many
         from partal_nb.annotate.images import remove
-        typer.echo(f"{many(remove(project, images, undo), 'image(s)')} removed")
+        typer.echo(f"{many(remove(project, images, undo), 'image(s)')} removed in all")
 
 # %% ../../nbs/98_commands.project.ipynb #a645b40f
 def relocate(

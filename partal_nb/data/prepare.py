@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import partal_nb.data.furniture
@@ -24,7 +24,7 @@ import partal_nb.data.walks
 from tqdm import tqdm
 
 # %% ../../nbs/19_data.prepare.ipynb #41d4288a
-from ..core import add_entry, cache_dir, inside, many, write_atomic
+from ..core import add_entry, cache_dir, inside, many, other_files, write_atomic
 from ..tasks import Encoding, Task, task_to_version_1
 from .rooms import ROOM_TASKS
 from .dataset import INDEX, PLAN, SOURCE, Dataset, all_of, images_of, strangers, verify
@@ -255,11 +255,6 @@ def _kind_of(source:Folder)->str:
     name = next(k for k, layout in FOLDER_LAYOUTS.items() if layout is source.layout)
     return f'{name}: {source.layout.looks_like}'
 
-# %% ../../nbs/19_data.prepare.ipynb #9c008419
-def _others(folder:Path, taken:set, beside:Iterable[str])->list[Path]: # beside: suffixes that are no label
-    shown = [f for f in folder.iterdir() if f.is_file() and f.name[0] != '.']
-    return [f for f in shown if f not in taken and f.suffix.lower() not in beside]
-
 # %% ../../nbs/19_data.prepare.ipynb #34a98b33
 def left_out(
     source,   # a `Folder`; of a prepared data set nothing is left out
@@ -273,7 +268,7 @@ def left_out(
     found = []
     for folder in [source.path, *sorted(p for p in source.path.rglob('*') if p.is_dir() and p.name[0] != '.')]:
         if but and folder.resolve().is_relative_to(Path(but).resolve()): continue
-        files = _others(folder, taken, BESIDE[1:] if folder == source.path else ()) # lists, notes, files of tasks
+        files = other_files(folder, taken, BESIDE[1:] if folder == source.path else ()) # lists, notes, files of tasks
         if not files or folder in used and len(files) < 2 and not files[0].suffix: continue
         found.append(f'left out: {len(files)} files of {folder.relative_to(source.path)}/, e.g. {files[0].name}')
     unlisted = len(set(source.ids('rgb')) - set(images_of(source.splits)))

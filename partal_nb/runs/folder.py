@@ -173,7 +173,7 @@ class LockedFiles(ScoreFiles):
         try: lock.acquire()
         except Timeout as e:
             raise FolderInUse(f"{self.path} is in use by another process; "
-                              "wait for it, or choose another --out") from e
+                              "wait for it, or choose another folder") from e
         except PermissionError as e: raise read_only(self.path) from e
         try: yield
         finally: lock.release()
