@@ -144,8 +144,8 @@ def _no_images(folder:Path)->list[str]: # what lies there and isn't taken, a lin
     found = []
     if files: found = [f"{folder}: {many(len(files), 'file(s)')} not taken, e.g. {files[0].name}; "
                        "save photographs as PNG or JPEG"]
-    if inner: found.append(f"{folder}: {many(len(inner), 'folder(s)')} of images in it not looked into, e.g. {inner[0].name}; "
-                           "name such folders themselves")
+    if inner: found.append(f"{folder}: {many(len(inner), 'folder(s)')} of images in it not looked into, "
+                           f"e.g. {inner[0].name}; name such folders themselves")
     return found
 
 # %% ../../nbs/49_annotate.files.ipynb #32425286

@@ -57,7 +57,7 @@ def _zip_sizes(members:list, limits:dict): # (what, how many, how many at most)
     yield 'bytes', unpacked, limits['bytes']
     yield 'times its size', unpacked//packed, limits['ratio'] if unpacked > limits['small'] else math.inf
 
-# %% ../../nbs/81_annotate.submission.ipynb #73889ce9
+# %% ../../nbs/81_annotate.submission.ipynb #f7d36e52
 def _explodes(member:zipfile.ZipInfo, limits:dict)->str: # empty, or why
     size, times = member.file_size, member.file_size//max(1, member.compress_size)
     large, dense = size > limits['largest'], size > limits['small'] and times > limits['ratio']
