@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'ORACLES', 'HEADLINE_COLUMNS', 'ALL', 'SAME', 'SAME_LENGTH', 'LEAST_SEEDS', 'HEADLINE_MARKS', 'HEAD',
-           'MEANING', 'change_in_percent', 'run_folders_of', 'beside', 'starts_alike', 'study_changes', 'changes',
-           'judged', 'signed_spread', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline',
+           'MEANING', 'PLANNED', 'change_in_percent', 'run_folders_of', 'beside', 'starts_alike', 'study_changes',
+           'changes', 'judged', 'signed_spread', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline',
            'with_headline', 'update_headline']
 
 # %% ../../nbs/73a_reports.headline.ipynb #3ff65f6b
@@ -16,6 +16,7 @@ import pandas as pd
 from ..core import write_atomic
 from ..statistics import interval
 from .read import RunRecord, main_metrics, named_rows, read_run, read_study
+from .planned import planned_claim, standings
 from ..runs.folder import RunFolder
 
 # %% ../../nbs/73a_reports.headline.ipynb #95f9f118
@@ -181,15 +182,18 @@ HEADLINE_MARKS = ('<!-- headline -->', '<!-- end of headline -->')
 HEAD = '| strategy | images, seeds | all tasks, % | each task, % | verdict |\n|:--|:--|--:|:--|:--|'
 MEANING = ('The table has how much better (+) or worse (−) than random pairs for the same money, '
            'in % of the metric with all labels, mean ± one standard deviation over seeds.')
+PLANNED = 'Studies [planned before their first run](nbs/explain/does_choosing_pay.ipynb)'
 
 # %% ../../nbs/73a_reports.headline.ipynb #57cc6c2b
 def headline(
-    results, # folder with a folder for each study
-)->str: # Markdown: two sentences and a table
+    results, # folder with a folder for each study; plans of studies lie beside it, in `plans`
+)->str: # Markdown: two sentences, a table, and where the planned studies stand
     "Does it help?"
     table = by_strategy(changes(results))
     rows = [headline_row(r) for r in named_rows(chosen(table))]
-    return '\n'.join([f'**{headline_claim(table)}** {MEANING}', '', HEAD, *rows])
+    plans = Path(results).parent/'plans'
+    planned = ['', f'{PLANNED}: {planned_claim(standings(plans, results))}']*plans.is_dir()
+    return '\n'.join([f'**{headline_claim(table)}** {MEANING}', '', HEAD, *rows, *planned])
 
 # %% ../../nbs/73a_reports.headline.ipynb #e9943b73
 def with_headline(
