@@ -62,7 +62,8 @@ def live_figure(
 )->str: # HTML; `LOADER` draws it
     "A figure that can be hovered and zoomed, as wide as its page; a phone scrolls what has panels side by side"
     layout = _layout(figure)
-    config = {'responsive': True, **figure.get('config', {})}
+    # each logo would have the same id
+    config = {'responsive': True, 'displaylogo': False, **figure.get('config', {})}
     js = json.dumps([figure.get('data', []), layout, config]).replace('</', '<\\/')
     panels = {tuple(v.get('domain', (0, 1))) for k, v in layout.items() if re.fullmatch(r'xaxis\d*', k)}
     style = f"height:{layout.get('height', 450)}px;min-width:{220*max(1, len(panels))}px"
