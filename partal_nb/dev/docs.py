@@ -211,6 +211,7 @@ def entry(
     return '\n\n'.join(filter(None, parts)) + '\n'
 
 # %% ../../nbs/08_dev.docs.ipynb #3d76fa0a
+@cache
 def _meanings()->Counter: # name -> how many things it is
     "Functions and classes of all modules, words of their names, and commands"
     lib = get_config().lib_name
@@ -327,7 +328,7 @@ def _hung(text:str, code:bool):
     for line in text.split('\n'):
         plain = html.unescape(re.sub('<[^>]*>', '', line)).rstrip()
         indent = len(plain) - len(plain.lstrip())
-        long = len(plain) > 40 and (code or '  ' not in plain.strip())
+        long = len(plain) > 38 and (code or '  ' not in plain.strip())
         if long and indent > 12 and line.startswith(' '*indent): # a phone does without most of it
             line = f'{line[:12]}<span class="gap">{line[12:indent]}</span>{line[indent:]}'
         whole = ''.join(opened) + line
