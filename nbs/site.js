@@ -57,8 +57,12 @@
   }
   window.Fuse = WordSearch;
   // What scrolls sideways can be reached and scrolled with the keyboard, and shows that it scrolls.
+  const isWide = (e) => { // a live figure still has its old width when a window is resized
+    const figure = e.querySelector(".plotly-figure");
+    return (figure ? parseFloat(figure.style.minWidth) : e.scrollWidth) > e.clientWidth + 1;
+  };
   const mark = () => document.querySelectorAll("main pre, main .cell-output, main .cell-output-display, main .sd-table, main .formula").forEach((e) => {
-    const scrolls = e.scrollWidth > e.clientWidth + 1 && ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
+    const scrolls = isWide(e) && ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
     e.classList.toggle("scrolls", scrolls);
     if (scrolls) { e.tabIndex = 0; e.setAttribute("role", "group"); e.setAttribute("aria-label", "scrolls sideways"); }
   });

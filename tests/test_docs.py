@@ -224,6 +224,8 @@ CUT = '''[...document.querySelectorAll("main *:not(svg *)")].filter(e => {
 MISSING = {
     '[...document.querySelectorAll(".plotly-figure")].some(f => !f.querySelector("svg.main-svg"))':
         'a figure is not drawn',
+    '(ids => new Set(ids).size < ids.length)([...document.querySelectorAll("[id]")].map(e => e.id))':
+        'an id is there twice',
     '[...document.images].some(i => !i.naturalWidth)': 'a picture is not there'}
 
 def looked_at(names): # pages written by hand, and of the reference, which looks alike throughout, every fourth

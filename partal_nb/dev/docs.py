@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
-from inspect import Parameter, Signature, getdoc, getsource, getsourcelines, isclass, isfunction, signature, unwrap
+from inspect import Parameter, Signature, getdoc, getsourcelines, isclass, isfunction, signature, unwrap
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
@@ -55,10 +55,16 @@ def options_table(
     table = '\n'.join(line(r) for r in [head, (':--',)*len(head), *rows])
     return f'::: {{.options}}\n{table}\n:::'
 
+# %% ../../nbs/08_dev.docs.ipynb #db621cef
+@cache # of a class, Python parses the whole file each time
+def _source(thing)->tuple[str, int]: # text, and the number of its first line
+    lines, number = getsourcelines(thing)
+    return ''.join(lines), number
+
 # %% ../../nbs/08_dev.docs.ipynb #ba09ba4f
 def _field_comments(cls)->dict: # of a dataclass, a NamedTuple, or any other class
     if hasattr(cls, '_fields'): # docments knows none of a NamedTuple
-        return dict(re.findall(r'^ *(\w+) *:[^#\n]*# *(.*)', getsource(cls), re.M))
+        return dict(re.findall(r'^ *(\w+) *:[^#\n]*# *(.*)', _source(cls)[0], re.M))
     found = {}
     for c in cls.__mro__[-2::-1]: # a field is described where it is written
         if is_dataclass(c): found |= {k: v for k, v in docments(c).items() if v}
@@ -71,7 +77,7 @@ def comments(
     "What the source notes beside each parameter"
     if isclass(thing): return _field_comments(thing)
     found = dict(docments(thing))
-    text = getsource(thing)
+    text = _source(thing)[0]
     for name, p in signature(thing).parameters.items(): # docments takes the comment of `**kw` for that of the result
         if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD): continue
         comment = re.search(rf'^ *\*+{name}\b[^#\n]*# *(.*)', text, re.M)
@@ -85,7 +91,7 @@ def raised(
     f, # a function
 )->list[tuple[str, str]]: # the error's type, and how its message begins
     "What a function itself raises"
-    found = re.findall(r'\braise (\w+Error)\(\s*f?(["\'])(.*?)\2', getsource(f))
+    found = re.findall(r'\braise (\w+Error)\(\s*f?(["\'])(.*?)\2', _source(f)[0])
     return [(kind, re.sub(r'\{.*?\}', '…', text)[:70].replace('`', '')) for kind, _, text in found]
 
 # %% ../../nbs/08_dev.docs.ipynb #50e06888
@@ -179,7 +185,7 @@ def revision()->str: # a commit, or the branch where there is no git
 def _source_link(f, module)->str:
     cfg = get_config()
     path = '/'.join(module.__name__.split('.')) + '.py'
-    return f'[source]({cfg.git_url}/blob/{revision()}/{path}#L{getsourcelines(f)[1]})'
+    return f'[source]({cfg.git_url}/blob/{revision()}/{path}#L{_source(f)[1]})'
 
 # %% ../../nbs/08_dev.docs.ipynb #0966f32d
 def _description(name:str, f)->str: # '' if there is none; a short method is described by what it returns
@@ -211,6 +217,7 @@ def entry(
     return '\n\n'.join(filter(None, parts)) + '\n'
 
 # %% ../../nbs/08_dev.docs.ipynb #3d76fa0a
+@cache
 def _meanings()->Counter: # name -> how many things it is
     "Functions and classes of all modules, words of their names, and commands"
     lib = get_config().lib_name
@@ -327,7 +334,7 @@ def _hung(text:str, code:bool):
     for line in text.split('\n'):
         plain = html.unescape(re.sub('<[^>]*>', '', line)).rstrip()
         indent = len(plain) - len(plain.lstrip())
-        long = len(plain) > 40 and (code or '  ' not in plain.strip())
+        long = len(plain) > 38 and (code or '  ' not in plain.strip())
         if long and indent > 12 and line.startswith(' '*indent): # a phone does without most of it
             line = f'{line[:12]}<span class="gap">{line[12:indent]}</span>{line[indent:]}'
         whole = ''.join(opened) + line

@@ -68,6 +68,7 @@ def first_use(
 )->str: # code; empty: there is none
     "An example of a call"
     for text in cells:
+        if name not in text: continue # parsing takes long
         try: tree = ast.parse(text)
         except SyntaxError: continue # a shell command
         found = (as_example(s, name, text) for s in tree.body if calls(s, name))

@@ -25,7 +25,7 @@ from typing import Annotated, get_args, get_origin
 from nbdev.config import get_config
 
 from .docs import at_home, drop_numbers, hanging, options_table, table_cell, type_name
-from .polish import accessible, index_texts, once_ids, purge_styles, term_anchors
+from .polish import accessible, index_texts, mark_pictures, once_ids, purge_styles, term_anchors
 
 # %% ../../nbs/09_dev.site.ipynb #c00002a1
 def notebooks(
@@ -344,7 +344,8 @@ def _mend(site:Path, host:str):
         up = '../'*(len(p.relative_to(site).parts) - 1)
         page = at_home(p.read_text('utf-8'), up, host)
         if p.name == 'glossary.html': page = term_anchors(page)
-        p.write_text(accessible(once_ids(hanging(page))), 'utf-8')
+        page = mark_pictures(hanging(page), p.parent)
+        p.write_text(accessible(once_ids(page)), 'utf-8')
     index_texts(site)
     shutil.copy2(get_config().nbs_path/'site.js', site/'site_libs/fuse/fuse.min.js') # a search by words, in its place
     purge_styles(site)

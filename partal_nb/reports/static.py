@@ -22,7 +22,9 @@ from plotly.io.base_renderers import MimetypeRenderer
 # %% ../../nbs/71a_reports.static.ipynb #ebe33508
 MARKERS = {
     'circle': 'o', 'square': 's', 'diamond': 'D', 'cross': 'P', 'triangle-up': '^', 'x': 'X', 'circle-open': 'o',
-    'star': '*', 'hexagon': 'h', 'pentagon': 'p', 'star-diamond': 'd', 'hourglass': 'v', 'bowtie': '>'} # of plotly
+    'star': '*', 'hexagon': 'h', 'pentagon': 'p', 'star-diamond': 'd', 'hourglass': '8', 'bowtie': 'H',
+    'square-open': 's', 'diamond-open': 'D', 'triangle-down': 'v', 'triangle-left': '<', 'triangle-right': '>',
+    'triangle-up-open': '^', 'cross-open': 'P', 'x-open': 'X', 'star-open': '*'} # of plotly
 
 # %% ../../nbs/71a_reports.static.ipynb #470938ec
 def without_tags(

@@ -60,7 +60,7 @@ def read_journal(
         try: line = json.loads(text)
         except ValueError as e:
             raise ValueError(f"{where}: expected a JSON object, got {text[:40]!r}; "
-                             "only the last line may be torn") from e
+                             "only the last line may be incomplete") from e
         rounds.append(check_line(line, r, where))
     return rounds
 
@@ -69,7 +69,7 @@ def append_journal(
     folder,    # of a run
     line:dict, # of the next round
 ):
-    "Add the line of a finished round, and drop a torn one before it"
+    "Add the line of a finished round, and drop an incomplete one before it"
     path = RunPaths(folder).journal_file
     rounds = read_journal(folder)
     rounds.append(check_line(line, len(rounds), f'{path}, next line'))

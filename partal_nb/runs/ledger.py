@@ -142,7 +142,7 @@ class LedgerFacts(LedgerAsk):
 
 # %% ../../nbs/60_runs.ledger.ipynb #4a3782d4
 class LedgerRetold(LedgerFacts):
-    "What becomes of an answer that is told again"
+    "How an answer that is imported again is recorded"
     def _write_facts(self, event:int, facts:tuple, by:str):
         if not self._has_facts():
             for sql in AMENDED: self.db.execute(sql)

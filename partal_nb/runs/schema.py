@@ -87,7 +87,7 @@ AMENDED = [
 def read_only(
     path, # of a ledger, or of the folder that it is in
 )->PermissionError:
-    "What to raise where somebody wants to write"
+    "What to raise where a ledger that may only be read would be written to"
     return PermissionError(errno.EROFS, f"{path} is read-only: it can be looked at, but not written; "
                                         "get the right to write to its folder, or copy the folder")
 

@@ -172,7 +172,7 @@ def warn_of_mix(
     begun:dict, # `device`, `precision`, `threads`, `tf32`; empty: an earlier version has not written them
     now:dict,   # likewise
 ):
-    "Say that a training or a run goes on with other arithmetic than it was begun with"
+    "Warn that a training or a run resumes with other arithmetic than it was begun with"
     begun, now = (dict(processes=1) | how if how else how for how in (begun, now)) # not written where it is 1
     other = sorted(f'{k} {begun[k]}, now {now[k]}' for k in begun.keys() & now if begun[k] != now[k])
     if other: log.warning("%s: begun with %s; numbers differ in the last digits", where, ', '.join(other))
@@ -180,7 +180,7 @@ def warn_of_mix(
 # %% ../../nbs/33_training.hooks.ipynb #02decf17
 @patch
 def resume(self:Checkpoint, trainer):
-    "Go on from the unfinished checkpoint"
+    "Resume from the unfinished checkpoint"
     about = load_checkpoint(self.part, trainer.model, trainer.optimizer, trainer.average)
     warn_of_mix(self.part, about.pop('resolved', {}), trainer.record.get('resolved', {}))
     trainer.record.update(about)
