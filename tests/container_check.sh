@@ -11,13 +11,26 @@ trap 'chmod -R u+w "$place"; rm -rf "$place"' EXIT
 chmod 755 "$place"
 say() { printf '\n== %s\n' "$*"; }
 
+user=() # USER
+if [ "$(id -u)" = 0 ]; then user=(setpriv --reuid 12345 --regid 12345 --clear-groups); fi
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+base='' # a Python of the same version that this user can read: the one that is given may lie in somebody's home
+for found in "$("$python" -c 'import sys; print(sys._base_executable)')" {/usr/local,/usr}/bin/"python$version"; do
+    if "${user[@]}" test -x "$found"; then base=$found; break; fi
+done
+if [ -z "$base" ]; then
+    echo "$python lies where user 12345 can't read it, and there is no other Python $version; give one that can be read" >&2
+    exit 1
+fi
+
 say 'RUN pip install /src, into an environment of its own'
-"$python" -m venv "$place/venv"
+"$base" -m venv --without-pip "$place/venv"
 there=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 site=$("$place/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 git -C "$here" archive --prefix=src/ HEAD | tar -x -C "$place"
-"$place/venv/bin/pip" install --quiet --disable-pip-version-check setuptools wheel
-"$place/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation "$place/src"
+install() { "$python" -m pip --python "$place/venv/bin/python" install --quiet --disable-pip-version-check "$@"; }
+install setuptools wheel
+install --no-deps --no-build-isolation "$place/src"
 rm -rf "$place/src"
 echo "$there" > "$site/packages.pth" # what partal_nb needs
 "$place/venv/bin/python" -m ipykernel install --prefix "$place/venv" --name python3 > /dev/null
@@ -29,8 +42,6 @@ share=$("$python" -c 'import sys; print(sys.prefix)')/share/jupyter # pages and 
 settings=(PATH="$place/venv/bin:/usr/bin:/bin" JUPYTER_PATH="$share")
 for word in $(sed -n 's/^ENV //p' "$here/Dockerfile"); do settings+=("${word//\/study/$place/study}"); done
 printf '%s\n' "${settings[@]}"
-user=() # USER
-if [ "$(id -u)" = 0 ]; then user=(setpriv --reuid 12345 --regid 12345 --clear-groups); fi
 inside() { (cd "$place/study" && env -i "${settings[@]}" OMP_NUM_THREADS=1 "${user[@]}" "$@"); }
 inside python -c 'import os, partal_nb; print(os.getuid(), partal_nb.__file__)'
 
@@ -47,11 +58,11 @@ inside partal explore runs/demo --port 8899 > "$place/explore.log" 2>&1 &
 served=$!
 page=''
 for _ in $(seq 600); do
-    url=$(grep -o 'http://127.0.0.1:8899/.*' "$place/explore.log" || true)
+    url=$(grep -o -m 1 'http://127.0.0.1:8899/?token=[[:alnum:]_-]*' "$place/explore.log" || true) # a later line hides it
     page=$(curl -fsS --max-time 60 "$url" 2>/dev/null || true)
     [ -n "$page" ] && break
     sleep 1
 done
 kill $served || { cat "$place/explore.log"; exit 1; }
-grep -o '<title>[^<]*' <<< "$page"
+grep -o -m 1 '<title>[^<]*' <<< "$page"
 say 'all of it works'

@@ -145,25 +145,28 @@ def test_a_read_only_run_can_be_looked_at(tmp_path, monkeypatch):
     for f in [folder.path, *folder.path.rglob('*')]: f.chmod(0o755 if f.is_dir() else 0o644)
 
 WITHOUT_FLOCK = '''
-import errno, fcntl, sys
+import errno, fcntl, socket, sys
 def flock(*_): raise OSError(errno.ENOSYS, 'this disk has no flock')
 fcntl.flock = flock
+socket.gethostname = lambda: sys.argv[2]
 from partal_nb.runs.folder import FolderInUse, RunFolder
 try:
     with RunFolder(sys.argv[1]).locked():
         print('mine', flush=True)
         sys.stdin.read()
-except FolderInUse: print('in use')
+except FolderInUse as e: print('in use', e)
 '''
 
 def test_a_disk_without_locks(tmp_path):
-    "One process at a time all the same, and what a killed one left behind stops nobody"
-    def start():
-        words = [sys.executable, '-W', 'ignore', '-c', WITHOUT_FLOCK, tmp_path]
+    "One process at a time all the same, and what a killed one left behind stops nobody on its machine"
+    def start(host='node1'):
+        words = [sys.executable, '-W', 'ignore', '-c', WITHOUT_FLOCK, tmp_path, host]
         return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     first = start()
     assert first.stdout.readline() == 'mine\n'
-    assert start().communicate()[0] == 'in use\n'
+    assert start().communicate()[0].startswith('in use')
     first.kill()
     first.communicate()
+    elsewhere = start('node2').communicate()[0] # where nobody can know that it was killed
+    assert f'process, {first.pid} on node1 (if that was killed, remove {tmp_path}/.lock)' in elsewhere
     assert start().communicate()[0] == 'mine\n'

@@ -122,6 +122,12 @@ def _only_images(path:Path)->bool: # images, in no layout that is known
     except (ValueError, OSError): return any(f.suffix.lower() in READABLE for f in (own_images(path) or path).iterdir())
     return False
 
+# %% ../../nbs/57_annotate.plan.ipynb #3308fe9e
+def _copied(source): # a `Folder` or a `Dataset`; a project shows and hands out files of images
+    if getattr(source, 'members', None) is None: return source
+    raise ValueError(f"{source.path} is read in place, and a project needs the images as files of their own: "
+                     "prepare it without --in-place")
+
 # %% ../../nbs/57_annotate.plan.ipynb #7b1bc0c1
 def open_images(
     data,                   # folder of images, with labels beside them; or a prepared data set
@@ -135,7 +141,7 @@ def open_images(
     path = Path(data)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; expected images")
     if not tasks and _only_images(path): raise ValueError(NO_TASKS)
-    if not tasks or (path/INDEX).is_file(): return _same_classes(open_source(path), tasks)
+    if not tasks or (path/INDEX).is_file(): return _same_classes(_copied(open_source(path)), tasks)
     images = own_images(path)
     how = {q.task.name: q.encoding for q in own_layout(path).places} if tasks_file(path) else {}
     how |= {name: Encoding(**stated) for name, stated in encodings.items()}

@@ -26,6 +26,8 @@ def prepare(
         help="A task to compute from another's labels: normals, edges, person. Repeatable.")]=None,
     resize:Annotated[bool, typer.Option(
         help="Resample labels whose size differs from their image's. Default: they are faults.")]=False,
+    in_place:Annotated[bool, typer.Option(
+        help="Leave tar shards, or the files of a table, where they are, and read them there. Default: copy.")]=False,
     splits:Annotated[Optional[Path], typer.Option(
         help="splits.mat of NYUv2's official file. Default: beside it.")]=None,
     mapping:Annotated[Optional[Path], typer.Option(
@@ -34,7 +36,7 @@ def prepare(
     "Read a data set into the one form that everything else reads."
     from partal_nb.data.prepare import prepare
     with plain_errors():
-        given = dict(derive=derive, resize=resize, splits=splits, mapping=mapping)
+        given = dict(derive=derive, resize=resize, in_place=in_place, splits=splits, mapping=mapping)
         options = {k: v for k, v in given.items() if v}
         dataset = prepare(source, out, layout, **options)
         images = ', '.join(f'{len(ids)} {split}' for split, ids in dataset.splits.items())

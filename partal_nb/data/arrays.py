@@ -298,8 +298,9 @@ def load_arrays(
     row = {image: n for n, image in enumerate(ids)}
     rows = np.array([row[i] for i in images], dtype=np.int64)
     size = height, width
-    huge = arrays_bytes(tasks, len(ids), *size) > kept_bytes()
-    if huge and progress: print(f'{dataset.name}: {len(ids):,} images, decoded whenever they are read ({KEPT_GB})')
+    why = 'in place' if dataset.members else KEPT_GB
+    huge = bool(dataset.members) or arrays_bytes(tasks, len(ids), *size) > kept_bytes()
+    if huge and progress: print(f'{dataset.name}: {len(ids):,} images, decoded whenever they are read ({why})')
     def load(name):
         if huge: return _some_rows(Decoded(dataset, name, ids, size), rows)
         return _some_rows(_cached(dataset, name, split, ids, size, progress), rows)

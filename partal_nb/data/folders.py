@@ -20,10 +20,10 @@ import numpy as np
 from ..core import inside, same_image
 from ..tasks import Encoding, Task, make_encoding, semseg_task, standard_task
 from .entries import own_task, split_entry
-from .labels import (
-    OWN_SIZE, check_label, decode_label, image_size, read_rgb, wrong_size)
+from .labels import OWN_SIZE, check_label, decode_label, image_size, read_rgb, wrong_size
 from .dataset import SUFFIXES, Dataset, all_of, images_of, strangers, write_dataset
 from .derive import DERIVATIONS, implausible_beside, warn_of
+from .members import Listed
 from .mat import (
     NYU40, NYU_LICENSE, above_half, agreed, classes_from_one, classes_or_void, context_edges,
     indoor_normals, merged_parts, meters, people_or_void, read_raw, toward_viewer, unit_vectors, y_turned)
@@ -74,8 +74,6 @@ VOC21 = tuple('background aeroplane bicycle bird boat bottle bus car cat chair c
 NYU13 = tuple('bed books ceiling chair floor furniture objects picture sofa table tv wall window'.split())
 _NYU, _VOC, _NYU13 = map(semseg_task, (NYU40, VOC21, NYU13))
 _DEPTH, _NORMALS, _EDGES, _SALIENCY, _PARTS = map(standard_task, ('depth', 'normals', 'edges', 'saliency', 'parts'))
-
-# %% ../../nbs/18_data.folders.ipynb #deb93b64
 _NYU_EDGES = replace(_EDGES, metric='odsf_nyuv2') # NYUv2's tolerance: its labels are less exact
 _OF_NYU = dict(edges='odsf_nyuv2')
 NYU_LAYOUTS = dict(
@@ -260,6 +258,7 @@ class _Listing:
         layout:FolderLayout,     # where it keeps what
         derive:Iterable[str]=(), # tasks to compute from others: names in `DERIVATIONS`
         resize:bool=False,       # bring labels of another size to the size of their image
+        listed:dict|None=None,   # `rgb` or task → image → file; None: those in the folder
     ):
         self.path, self.layout, self.resize = Path(path), layout, resize
         self.faults = [] # of what is listed, not of what is in the files
@@ -268,9 +267,9 @@ class _Listing:
         self.palettes = {p.task.name: {} for p in layout.places} # task → number → color, as they are read
         self.places = {p.task.name: p for p in layout.places}
         def files(patterns): return _list(self.path, layout, patterns, self.faults)
-        self._files = {p.task.name: files(p.files) for p in layout.places if _is_there(self, p)}
-        self.tasks = {n: self.places[n].task for n in self._files}
-        self._files['rgb'] = files(layout.images)
+        there = listed or {p.task.name: files(p.files) for p in layout.places if _is_there(self, p)}
+        self.tasks = {n: p.task for n, p in self.places.items() if n in there}
+        self._files = dict(there, rgb=there.get('rgb') or files(layout.images))
         self.splits = _splits(self.path, layout, self._files['rgb'])
         self.derive = tuple(derive)
         for n in self.derive: _add_derived(self, n)
@@ -378,9 +377,10 @@ def read_folder(
     progress:bool=True,      # show a bar
     derive:Iterable[str]=(), # tasks to compute from others: names in `DERIVATIONS`
     resize:bool=False,       # bring labels of another size to the size of their image
+    listed:Listed|None=None, # the files, if they are to be read where they are
 )->Dataset:
     "Prepare a data set from a folder"
-    folder = Folder(path, layout, derive, resize)
+    folder = Folder(path, layout, derive, resize, listed and listed.files)
     if not folder.tasks: raise FileNotFoundError(f"{path}: no folder of labels; expected {layout.looks_like}")
     lost = [i for i in images_of(folder.splits) if not folder.has(i, 'rgb')]
     if lost:
@@ -395,6 +395,6 @@ def read_folder(
         return found
     faults = [*folder.faults, *[text for *_, text in strangers(folder)*layout.is_own]]
     dataset = write_dataset(out, folder.name, folder.tasks.values(), folder.splits, sample, layout.license,
-                            folder.derived, progress, faults)
+                            folder.derived, progress, faults, listed)
     warn_of(folder.tasks, seen)
     return dataset

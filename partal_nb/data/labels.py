@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from fastcore.basics import patch
 
-from ..core import ordinary, say_once
+from ..core import say_once
 from ..forms import Direction, Discrete
 from ..tasks import Encoding, Task
+from .pieces import file_size, readable
 
 # %% ../../nbs/12_data.labels.ipynb #8e7c4025
 def check_label(
@@ -43,8 +44,8 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, zlib.err
 
 # %% ../../nbs/12_data.labels.ipynb #c000005d
 def _not_an_image(path, what:str, why:Exception)->Exception:
-    if not Path(path).is_file(): return FileNotFoundError(f"{path} ({what}): no such file")
-    where = f'{path} ({what}): not a whole image ({Path(path).stat().st_size:,} bytes)'
+    if (size := file_size(path)) is None: return FileNotFoundError(f"{path} ({what}): no such file")
+    where = f'{path} ({what}): not a whole image ({size:,} bytes)'
     return ValueError(f'{where}: {why}; copy or prepare it again')
 
 # %% ../../nbs/12_data.labels.ipynb #eab1b49d
@@ -81,9 +82,9 @@ def open_image(
     is_label=False, # do its numbers count, rather than how it looks
 )->Image.Image: # decoded, a photograph turned as viewers show it
     "An image, or an error that names the broken file"
-    ordinary(path, what)
+    file = readable(path, what)
     try:
-        image = Image.open(path)
+        image = Image.open(file)
         why = is_label and not_numbers(image)
         turn = TURNS.get(_orientation(image))
         image.load()
@@ -92,9 +93,9 @@ def open_image(
     return image if turn is None else image.transpose(turn)
 
 # %% ../../nbs/12_data.labels.ipynb #75ffdf26
-def _array_of_photo(path, **how)->np.ndarray: # (H, W, 3)
-    ordinary(path, 'rgb')
-    try: a = np.load(path, allow_pickle=False, **how)
+def _array_of_photo(path, mmap_mode=None)->np.ndarray: # (H, W, 3)
+    file = readable(path, 'rgb')
+    try: a = np.load(file, mmap_mode if file is path else None, allow_pickle=False)
     except FileNotFoundError: raise FileNotFoundError(f"{path} (rgb): no such file") from None
     except (EOFError, ValueError) as e:
         raise ValueError(f"{path} (rgb): not a whole .npy file: {e}; copy it again") from e
@@ -113,11 +114,11 @@ def image_size(
     whole:bool=False, # decode it too, as small as its format allows: is all of it there?
 )->tuple[int, int]: # height, width
     "The size of an image as viewers show it"
-    if Path(path).suffix.lower() == '.npy':
+    if Path(str(path)).suffix.lower() == '.npy':
         return _array_of_photo(path, mmap_mode='r').shape[:2] # type: ignore[return-value]
-    ordinary(path, 'rgb')
+    file = readable(path, 'rgb')
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size[::-1] if _orientation(image) > 4 else image.size # on its side
             if whole: image.draft('RGB', (width//8, height//8)) # of a JPEG; others have no smaller way
             if whole: image.load()
@@ -130,7 +131,7 @@ def read_rgb(
     path, # file of a photograph
 )->np.ndarray: # (H, W, 3) uint8
     "A photograph as viewers show it; one of 16 bit gray, or of floats in an array, is brought to 8"
-    if Path(path).suffix.lower() == '.npy': return _bytes_of_photo(_array_of_photo(path), path)
+    if Path(str(path)).suffix.lower() == '.npy': return _bytes_of_photo(_array_of_photo(path), path)
     image = open_image(path)
     if image.mode in ('F', 'LAB', 'HSV'):
         got = dict(F='floats').get(image.mode, image.mode)

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Iterator, NamedTuple
 
-from ..core import inside, log, write_atomic
+from ..core import inside, log, same_image, write_atomic
+from .pieces import Piece
+from .members import Listed
 from .dataset import Dataset
 from .folders import READABLE, FolderLayout, own_layout, read_folder, read_places, tasks_file
 
@@ -52,9 +54,13 @@ def names_of(
     "What is labeled in a layout"
     return [place.task.name for place in layout.places]
 
+# %% ../../nbs/18a_data.packed.ipynb #2c7078df
+def _piece(file:Path, member:str, offset:int, data:bytes)->Piece:
+    return Piece(file.parent, file.name, member, offset, len(data), zlib.crc32(data))
+
 # %% ../../nbs/18a_data.packed.ipynb #839ad77e
 DAMAGED = tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error # what reading such a file raises
-def _members(shard:Path, names:set, left_out:Counter)->Iterator[tuple[Member, bytes]]: # counts what is left out
+def _members(shard:Path, names:set, left_out:Counter)->Iterator[tuple[Member, Piece, bytes]]: # counts what is left out
     try:
         with tarfile.open(shard) as tar:
             for info in tar:
@@ -65,30 +71,56 @@ def _members(shard:Path, names:set, left_out:Counter)->Iterator[tuple[Member, by
                     left_out[name.partition('.')[2]] += 1
                     continue
                 if not info.isfile(): raise ValueError(f"{shard}: {info.name} is a link; pack the files themselves")
-                yield found, tar.extractfile(info).read() # type: ignore[union-attr]
+                data = tar.extractfile(info).read() # type: ignore[union-attr]
+                yield found, _piece(shard, info.name, info.offset_data, data), data
     except DAMAGED as e: raise ValueError(f"{shard}: not a whole tar file ({e}); copy it again") from e
 
 # %% ../../nbs/18a_data.packed.ipynb #e235548f
-def _unpack(path:Path, out:Path, layout:FolderLayout)->list: # ids of the test images
-    left_out, from_shard, test = Counter(), {}, []
+def _every(path:Path, layout:FolderLayout)->Iterator[tuple[Member, Piece, bytes]]:
+    "What all shards have"
+    left_out, seen = Counter(), {}
     for shard in tar_shards(path):
-        for found, data in _members(shard, {'rgb', *names_of(layout)}, left_out):
-            first = from_shard.setdefault(found[:2], shard.name)
-            write_atomic(_target(found, out, shard, first), data)
-            if found.kind == 'rgb' and TEST.search(shard.name): test.append(found.image)
+        for found, piece, data in _members(shard, {'rgb', *names_of(layout)}, left_out):
+            first = seen.setdefault(found[:2], piece)
+            _check_name(found, shard, '' if first is piece else first.file)
+            yield found, piece, data
     for kind, n in sorted(left_out.items()): log.warning(f'{path}: left out: {n} members .{kind}')
-    if any((out/'rgb').iterdir()): return test
+    if any(kind == 'rgb' for _, kind in seen): return
     there = ', '.join(f'{n} .{kind}' for kind, n in left_out.most_common(3)) or 'nothing else'
     raise FileNotFoundError(f"{path}: no image in its shards; expected members like 0001.jpg, got {there}")
 
 # %% ../../nbs/18a_data.packed.ipynb #9256b082
-def _target(found:Member, out:Path, shard:Path, first:str)->Path: # first: the shard that had it first
+def _check_name(found:Member, shard:Path, twin:str): # twin: the shard that had it before
     if '/' in found.image:
         raise ValueError(f"{shard}: image {found.image!r} is in a folder; names of images must differ without one: "
                          "pack the shards with names like walk-0001")
-    target = inside(out, f'{found.kind}/{found.image}{found.suffix}')
-    if not target.exists() and first == shard.name: return target
-    raise ValueError(f"{shard}: {found.kind} of image {found.image!r} is there twice, also in {first}; leave one")
+    if not twin: return
+    raise ValueError(f"{shard}: {found.kind} of image {found.image!r} is there twice, also in {twin}; leave one")
+
+# %% ../../nbs/18a_data.packed.ipynb #e06c5cc9
+def _unpack(path:Path, folder:Path, layout:FolderLayout)->list: # ids of the test images
+    test = []
+    for found, piece, data in _every(path, layout):
+        write_atomic(inside(folder, f'{found.kind}/{found.image}{found.suffix}'), data)
+        if found.kind == 'rgb' and TEST.search(piece.file): test.append(found.image)
+    return test
+
+# %% ../../nbs/18a_data.packed.ipynb #afc2e694
+def _find(path:Path, layout:FolderLayout)->tuple[Listed, list]: # and ids of the test images
+    packed = [f.name for f in tar_shards(path) if f.suffix != '.tar']
+    if packed:
+        raise ValueError(f"{path/packed[0]}: a compressed shard can't be read in place; unpack it (gunzip), "
+                         "or prepare without --in-place")
+    found = [(member, piece) for member, piece, _ in _every(path, layout)]
+    test = [m.image for m, piece in found if m.kind == 'rgb' and TEST.search(piece.file)]
+    return _listed(path, layout, found), test
+
+# %% ../../nbs/18a_data.packed.ipynb #e198bb49
+def _listed(folder:Path, layout:FolderLayout, found:list)->Listed: # (member, piece) of each file below the folder
+    files = {}
+    for m, piece in sorted(found, key=lambda pair: pair[0].image + pair[0].suffix): # as a folder lists them
+        files.setdefault(m.kind, {})[same_image(m.image)] = piece
+    return Listed(folder, files, {place.task.name: place.encoding for place in layout.places})
 
 # %% ../../nbs/18a_data.packed.ipynb #256f56b5
 @contextmanager
@@ -106,8 +138,7 @@ def _laid_out(path:Path, out, beside:Path)->Iterator[tuple[Path, FolderLayout]]:
     finally: shutil.rmtree(stage, ignore_errors=True)
 
 # %% ../../nbs/18a_data.packed.ipynb #93b3d1dc
-def _write_lists(path:Path, folder:Path, test:list): # folder: with its images
-    ids = sorted(f.stem for f in (folder/'rgb').iterdir())
+def _write_lists(path:Path, folder:Path, ids:list, test:list): # ids: of all images
     train = [i for i in ids if i not in {*test}]
     if not train: raise ValueError(f"{path}: all {len(ids)} images are for testing; some must be to train on")
     for name, chosen in dict(train=train, test=test).items():
@@ -118,15 +149,21 @@ def read_tars(
     path,          # folder of tar shards, with a file of tasks
     out,           # folder to prepare into
     progress=True, # show a bar
+    in_place=False, # leave the files where they are
     **options,     # of `read_folder`
 )->Dataset:
     "Prepare a data set from tar shards"
-    path = Path(path)
+    path, listed = Path(path), None
     with _laid_out(path, out, path) as (folder, layout):
-        test = _unpack(path, folder, layout)
-        if test: _write_lists(path, folder, test)
+        if in_place: listed, test = _find(path, layout)
+        else: test = _unpack(path, folder, layout)
+        if test: _write_lists(path, folder, _ids(folder, listed), test)
         else: _copy_lists(path, folder)
-        return read_folder(folder, out, layout, progress, **options)
+        return read_folder(folder, out, layout, progress, listed=listed, **options)
+
+# %% ../../nbs/18a_data.packed.ipynb #044b9e71
+def _ids(folder:Path, listed:Listed|None)->list[str]: # of all images
+    return sorted(listed.files['rgb'] if listed else [f.stem for f in (folder/'rgb').iterdir()])
 
 # %% ../../nbs/18a_data.packed.ipynb #bb1bf3f0
 def _copy_lists(path:Path, folder:Path):
@@ -179,10 +216,14 @@ def packed_files(
     return [path, tasks_file(path.parent) or path, *named]
 
 # %% ../../nbs/18a_data.packed.ipynb #5940a85a
-def _link(path:Path, folder:Path, kind:str, image:str, file:str): # file: as the table has it
+def _there(path:Path, kind:str, image:str, file:str)->Path: # file: as the table has it
     try: source = inside(path.parent, file)
     except ValueError as e: raise ValueError(f"{path}: {kind} of image {image!r}: {e}, and no link out of it") from e
-    if not source.is_file(): raise FileNotFoundError(f"{path}: {kind} of image {image!r}: no file {source}")
+    if source.is_file(): return source
+    raise FileNotFoundError(f"{path}: {kind} of image {image!r}: no file {source}")
+
+# %% ../../nbs/18a_data.packed.ipynb #6c05a073
+def _link(source:Path, folder:Path, kind:str, image:str):
     target = inside(folder, f'{kind}/{image}{source.suffix}')
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(source.resolve())
@@ -194,11 +235,18 @@ def _test_images(path:Path, table)->list: # of its rows
         raise ValueError(f"{path}: split: expected train, test or val, got {sorted(map(str, splits))}")
     return table.id[table.split != 'train'].tolist()
 
+# %% ../../nbs/18a_data.packed.ipynb #248eb069
+def _whole(folder:Path, kind:str, image:str, file:Path)->tuple[Member, Piece]:
+    "A file that is read where it is"
+    piece = _piece(file, '', 0, file.read_bytes())
+    return Member(image, kind, file.suffix), piece._replace(folder=folder, file=str(file.relative_to(folder)))
+
 # %% ../../nbs/18a_data.packed.ipynb #6d42ba9f
 def read_table(
     path,          # a Parquet file, with a file of tasks beside
     out,           # folder to prepare into
     progress=True, # show a bar
+    in_place=False, # leave the files where they are
     **options,     # of `read_folder`
 )->Dataset:
     "Prepare a data set from a table of paths"
@@ -206,10 +254,11 @@ def read_table(
     table = _rows(path)
     with _laid_out(path, out, path.parent) as (folder, layout):
         kinds = _kinds(path, table)
-        for kind in kinds:
-            for image, file in _named(path, table, kind): _link(path, folder, kind, image, file)
+        files = [(kind, i, _there(path, kind, i, file)) for kind in kinds for i, file in _named(path, table, kind)]
+        listed = _listed(path.parent, layout, [_whole(path.parent, *f) for f in files]) if in_place else None
+        for kind, image, file in () if in_place else files: _link(file, folder, kind, image)
         left = [str(c) for c in table if c not in ('id', 'split', *kinds)]
         if left: log.warning(f'{path}: left out: columns {left}, which name no task')
-        if 'split' in table: _write_lists(path, folder, _test_images(path, table))
+        if 'split' in table: _write_lists(path, folder, _ids(folder, listed), _test_images(path, table))
         else: _copy_lists(path.parent, folder)
-        return read_folder(folder, out, layout, progress, **options)
+        return read_folder(folder, out, layout, progress, listed=listed, **options)

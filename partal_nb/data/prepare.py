@@ -134,6 +134,10 @@ def prepare(
                          "and so are labels resampled")
     if (options.get('splits') or options.get('mapping')) and layout != 'nyuv2_mat':
         raise ValueError(f"{path} is in layout {layout!r}: splits and mapping belong to {NYU_MAT}")
+    own = layout in ('tars', 'table') and not (options.get('derive') or options.get('resize'))
+    if options.get('in_place') and not own:
+        raise ValueError(f"{path} is in layout {layout!r}: only tar shards and a .parquet table of paths are read in "
+                         "place, and as they are, nothing derived or resized; prepare it without --in-place")
     path, out = Path(path), Path(out)
     if layout == 'dataset': return LAYOUTS[layout].prepare(path, out, progress)
     with _stamped(path, out, layout):

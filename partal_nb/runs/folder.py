@@ -9,7 +9,7 @@ __all__ = ['RunMetadata', 'RunSettings', 'NetworkFiles', 'RunEstimator', 'RunCan
 # %% ../../nbs/62_runs.folder.ipynb #a62f0003
 import json
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
@@ -166,13 +166,19 @@ class LockedFiles(ScoreFiles):
     def _lock(self, wait:float)->FileLock:
         return FileLock(self.lock_file, timeout=wait, poll_interval=.01)
 
+    def _holder(self)->str: # empty where the disk has `flock`, which ends with its process
+        with suppress(OSError, ValueError):
+            process, host, *_ = self.lock_file.read_text('utf-8').split()
+            return f", {process} on {host} (if that was killed, remove {self.lock_file})"
+        return ''
+
     @contextmanager
     def locked(self):
         "Nobody else can use the folder meanwhile"
         lock = self._lock(.2) # `in_use` may have it for a moment
         try: lock.acquire()
         except Timeout as e:
-            raise FolderInUse(f"{self.path} is in use by another process; "
+            raise FolderInUse(f"{self.path} is in use by another process{self._holder()}; "
                               "wait for it, or choose another folder") from e
         except PermissionError as e: raise read_only(self.path) from e
         try: yield
