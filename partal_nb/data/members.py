@@ -28,7 +28,8 @@ def as_kept(
     how = task.form.file(task)
     if how['suffix'] == '.npy': stored = label.astype(np.float32)
     else: stored = task.form.stored(label, task).reshape(*label.shape[:2], -1)
-    if stored.shape[2] > task.label_channels: stored = stored.astype(np.uint32) @ np.uint32([[1 << 16], [256], [1]])
+    if stored.shape[2] > task.label_channels: # 24 bit
+        stored = stored.astype(np.uint32) @ np.array([[1 << 16], [256], [1]], np.uint32)
     found = task.form.of_stored(stored, task, how.get('scale', 1.), how.get('offset', 0.))
     return task.form.complete(check_label(found, task).astype(task.form.dtype))
 
@@ -127,7 +128,7 @@ class Members(_Places):
         return image in self.row and bool(self.there[kind][self.row[image]])
 
     def ids(self, kind:str)->list[str]: # images that have such a file
-        return sorted(self.images[n] for n in np.flatnonzero(self.there[kind]))
+        return sorted(i for i, there in zip(self.images, self.there[kind]) if there)
 
     def file(self, image:str, kind:str)->Piece: # of an image that has it
         return Piece(self.folder, **self.columns[kind][self.row[image]].as_py())

@@ -105,11 +105,15 @@ def _unpack(path:Path, folder:Path, layout:FolderLayout)->list: # ids of the tes
         if found.kind == 'rgb' and TEST.search(piece.file): test.append(found.image)
     return test
 
+# %% ../../nbs/18a_data.packed.ipynb #725388a5
+def _is_compressed(shard:Path)->bool: # whatever its name says
+    with open(shard, 'rb') as f: return f.read(6).startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ\0'))
+
 # %% ../../nbs/18a_data.packed.ipynb #afc2e694
 def _find(path:Path, layout:FolderLayout)->tuple[Listed, list]: # and ids of the test images
-    packed = [f.name for f in tar_shards(path) if f.suffix != '.tar']
+    packed = [f for f in tar_shards(path) if _is_compressed(f)]
     if packed:
-        raise ValueError(f"{path/packed[0]}: a compressed shard can't be read in place; unpack it (gunzip), "
+        raise ValueError(f"{packed[0]}: a compressed shard can't be read in place; unpack it (gunzip), "
                          "or prepare without --in-place")
     found = [(member, piece) for member, piece, _ in _every(path, layout)]
     test = [m.image for m, piece in found if m.kind == 'rgb' and TEST.search(piece.file)]
