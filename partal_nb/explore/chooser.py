@@ -265,9 +265,15 @@ APP_STYLE = """<style>
   body[data-voila] .widget-dropdown > select { appearance: auto; background-image: none }
 }
 body[data-voila] .jp-Notebook, body[data-voila] .jp-Cell { padding: 0 }
+body[data-voila] .jp-RenderedMarkdown { display: flex; align-items: baseline; gap: 16px; padding-bottom: 0 }
+body[data-voila] .jp-RenderedMarkdown h1 { font-size: 20px; margin: 0 }
+body[data-voila] .jp-RenderedMarkdown blockquote { border: 0; padding: 0; margin: 0; color: var(--jp-ui-font-color2) }
 @media (max-width: 600px) {
-  body[data-voila] h1 { font-size: 18px; margin: 0 }
   body[data-voila] blockquote { display: none }
+  body[data-voila] .widget-dropdown { width: 100% !important }
+  body[data-voila] :is(.widget-slider, .widget-text) { width: calc(100% - 92px) !important }
+  body[data-voila] :is(.widget-dropdown, .widget-slider, .widget-text) > .widget-label { width: 116px !important }
+  body[data-voila] .widget-toggle-button { width: auto; padding: 0 10px }
 }
 </style>""" # an app's theme is the system's; JupyterLab has its own
 
@@ -279,7 +285,7 @@ class RunEntry(w.VBox):
     ):
         self.path = control(w.Text, 'run', 640, 40, value=str(find_run(folder)))
         self.data = control(w.Text, 'data', 640, 40, placeholder='where the data set is now')
-        self.enter = w.Button(description='open')
+        self.enter = w.Button(description='open', layout=w.Layout(width='80px'))
         self.make = w.Button(description='make the demo run', icon='play', layout=w.Layout(width='180px'))
         self.message, self.progress = w.HTML(), Progress()
         self.body, self.address = w.VBox(), Address() # the explorer, and what is chosen in it

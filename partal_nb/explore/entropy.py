@@ -239,7 +239,8 @@ class EntropyInputs(w.VBox):
         self.named = dict(round=self.round, estimator=self.estimator, order=self.order, place=self.place, T=self.T,
                           change=self.change, opacity=self.opacity, above=self.above, enlarge=self.zoom,
                           truth=self.truth, single=self.single)
-        super().__init__([line(*first), line(*second), line(*self.rows[2], self.status)])
+        where = line(self.place, self.status, *first[1:]) # which of how many
+        super().__init__([where, line(*second), line(*self.rows[2])])
 
     def _offer(self, change:dict): # the last round of an ensemble has no ensemble
         here = choices(self.run, change['new'])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST', 'GAP', 'BAR', 'TITLE', 'TOP', 'SMALL_FONT', 'FONT', 'WHITE', 'APART', 'LINE_HEIGHT', 'BARE', 'same', 'Cell',
            'Bars', 'thinned', 'has_class_colors', 'label_cell', 'map_cell', 'photo_cell', 'error_map', 'right_or_wrong',
-           'error_cell', 'image_metric', 'colorscale', 'plain_figure', 'task_color', 'nth', 'png_url', 'Grid',
-           'grid_of', 'figure']
+           'error_cell', 'image_metric', 'colorscale', 'plain_figure', 'task_color', 'nth', 'png_url', 'thumbnail',
+           'Grid', 'grid_of', 'figure']
 
 # %% ../../nbs/68_explore.figure.ipynb #c000023e
 import base64
@@ -229,6 +229,17 @@ def png_url(rgb:np.ndarray)->str: # (H, W, 3) uint8 -> a data URL
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(rgb)).save(buffer, 'png', compress_level=1)
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+
+# %% ../../nbs/68_explore.figure.ipynb #a308329b
+def thumbnail(
+    rgb:np.ndarray, # (H, W, 3) uint8
+    wide:int=160,   # pixels, at most
+)->str: # a data URL
+    "A small picture of an image"
+    image, buffer = Image.fromarray(np.asarray(rgb)), io.BytesIO()
+    image.thumbnail((wide, wide))
+    image.save(buffer, 'jpeg', quality=75)
+    return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../../nbs/68_explore.figure.ipynb #a88789e3
 def _color_bar(c:Cell, place:dict)->dict:

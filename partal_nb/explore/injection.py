@@ -156,7 +156,7 @@ def metric_texts(
 
 # %% ../../nbs/95_explore.injection.ipynb #4e03cf96
 def _cells(texts:tuple, unit:str='')->str: # HTML: before, after, and in bold the change
-    start = '<td style="padding:2px 14px;text-align:right">'
+    start = '<td style="padding:2px clamp(4px,1.1vw,14px);text-align:right">'
     before, after, change = (text + unit for text in texts)
     return f'{start}{before}</td>{start}{after}</td>{start}<b>{change}</b></td>'
 
@@ -177,7 +177,7 @@ def numbers_table(
 )->str: # HTML
     "Metric and mean entropy of each task before and after"
     heads = 'before', 'after', 'change', 'entropy before', 'after', 'change'
-    head = ''.join(f'<th style="padding:2px 14px;text-align:right">{h}</th>' for h in heads)
+    head = ''.join(f'<th style="padding:2px clamp(4px,1.1vw,14px);text-align:right">{h}</th>' for h in heads)
     rows = ''.join(_table_row(v, t) for t in v.tasks)
     style = 'line-height:1.4;display:block;overflow-x:auto;max-width:97vw' # a phone scrolls it
     return f'<table style="{style}"><tr><th></th>{head}</tr>{rows}</table>'

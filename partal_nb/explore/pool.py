@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['MARK', 'ASKED', 'PAGE', 'NO_VALUE', 'LACKING', 'round_colors', 'BoardColors', 'asked_pairs', 'board', 'orders_of',
-           'order_title', 'image_values', 'classes_in', 'has_class', 'thumbnail', 'badges', 'tile', 'two_components',
-           'pool_map', 'PoolControls', 'pair_states', 'PoolRows', 'color_key', 'PoolDisplay', 'PoolExplorer']
+           'order_title', 'image_values', 'classes_in', 'has_class', 'badges', 'tile', 'two_components', 'pool_map',
+           'PoolControls', 'pair_states', 'PoolFilters', 'PoolRows', 'color_key', 'PoolPictures', 'PoolDisplay',
+           'PoolDrawing', 'PoolExplorer']
 
 # %% ../../nbs/92_explore.pool.ipynb #685ff3fa
-import base64
-import io
-
 import ipywidgets as w
 import numpy as np
-from PIL import Image
 
 from ..tasks import Pair
-from .plot import Plot, Thumbnails, amount, axis_title, colored, number, packed, text_at
+from .plot import (
+    Plot, Thumbnails, amount, axis_title, colored, number, packed, text_at, value_limits)
 from .run import RunView, kept, score_unit
-from .figure import APART, GAP, LINE_HEIGHT, SMALL_FONT, TOP, colorscale, plain_figure
+from .figure import APART, GAP, LINE_HEIGHT, SMALL_FONT, TOP, colorscale, plain_figure, thumbnail
 from .widgets import Latest, Progress, control, in_lines, line, observe, sentence, tick
 
 # %% ../../nbs/92_explore.pool.ipynb #712821ad
@@ -27,7 +25,7 @@ def round_colors(rounds:int)->list[str]: # unlabeled, start, and one for each pu
     viridis = [color for _, color in colorscale('viridis')]
     steps = max(rounds - 1, 1)
     bought = [viridis[round(8 + 24*i/steps)] for i in range(rounds)]
-    return ['rgba(127,127,127,.25)', '#9a9a9a', *bought]
+    return ['rgba(127,127,127,.35)', '#9a9a9a', *bought]
 
 # %% ../../nbs/92_explore.pool.ipynb #0fec7c35
 MARK = '#D55E00'  # of what is chosen now
@@ -126,12 +124,15 @@ def orders_of(run:RunView)->list[tuple[str, tuple]]: # (text, (what, column))
     return found + [(f'{t.name}, most wrong first', ('error', k)) for k, t in enumerate(run.tasks)]
 
 # %% ../../nbs/92_explore.pool.ipynb #94bbe08b
-def order_title(run:RunView, label:str, what:str, k:int)->str: # label and value as in `orders_of`
+def order_title(run:RunView, what:str, k:int)->str: # a value of `orders_of`
     "What values are of, with their unit"
-    error = '%' if run.tasks[k].classes else run.tasks[k].unit
-    unit = dict(
-        entropy=score_unit(run.needs()[0]), error=error, cost=run.config.price_unit, out='pairs', round='0: start')
-    return f'{label} ({unit[what]})' if unit.get(what) else label
+    task, score = run.tasks[k], run.needs()[0]
+    error = '%' if task.classes else task.unit
+    unit = dict(entropy=score_unit(score), error=error, cost=run.config.price_unit, out='pairs', round='0: start')
+    name = dict(
+        entropy=f'{task.name}, {score}', error=f'{task.name}, error',
+        cost='cost of its labels', out='with an annotator', round='round of its last label')
+    return f'{name[what]} ({unit[what]})' if what and unit[what] else name.get(what, '')
 
 # %% ../../nbs/92_explore.pool.ipynb #9ee5e896
 def image_values(
@@ -168,16 +169,6 @@ def has_class(run:RunView, task:str, i:int)->np.ndarray: # (N,) bool
 # %% ../../nbs/92_explore.pool.ipynb #17a12ae7
 PAGE = 48 # thumbnails
 
-def thumbnail(
-    rgb:np.ndarray, # (H, W, 3) uint8
-    wide:int=160,   # pixels, at most
-)->str: # a data URL
-    "A small picture of an image"
-    image, buffer = Image.fromarray(np.asarray(rgb)), io.BytesIO()
-    image.thumbnail((wide, wide))
-    image.save(buffer, 'jpeg', quality=75)
-    return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
-
 # %% ../../nbs/92_explore.pool.ipynb #27f25959
 def badges(
     run:RunView,
@@ -199,12 +190,13 @@ def tile(
     run:RunView,
     image:int,        # row of the pool
     r:int,            # the round
-    values:np.ndarray # (N,), of `image_values`
+    values:np.ndarray, # (N,), of `image_values`
+    wide:int=160,     # pixels of the thumbnail, at most
 )->dict:
     "What the grid shows of an image"
     value = number(values[image]) if np.isfinite(values[image]) else ''
     own = dict(row=image, name=run.pool.images[image], value=value)
-    return dict(own, src=thumbnail(run.pool.rgb[image]), badges=badges(run, image, r))
+    return dict(own, src=thumbnail(run.pool.rgb[image], wide), badges=badges(run, image, r))
 
 # %% ../../nbs/92_explore.pool.ipynb #d4c9a5aa
 def two_components(
@@ -237,7 +229,7 @@ def pool_map(
     title:str='',      # of the color bar
 )->dict: # of `figure`'s kind
     "The images as points, colored by a value, gray without one; those that are not chosen are faint"
-    H, there = min(max(wide//2, 260), 420), np.isfinite(values)
+    H, there = min(max(7*wide//10, 260), 700), np.isfinite(values)
     label = dict(text=title, side='right', font=SMALL_FONT)
     bar = dict(thickness=9, outlinewidth=0, y=.48, len=.9, x=1 - 64/wide, xpad=0, title=label, tickfont=SMALL_FONT)
     rows, lacking = map(np.flatnonzero, (there, ~there))
@@ -245,7 +237,7 @@ def pool_map(
     traces = [_points(run, at, rows, chosen, scaled)] if len(rows) else []
     gray = dict(color=LACKING if traces else NO_VALUE)
     if len(lacking): traces.insert(0, _points(run, at, lacking, chosen, gray))
-    off = dict(showticklabels=False, zeroline=False)
+    off = dict(showticklabels=False, zeroline=False, showgrid=False) # directions without a unit
     axes = dict(xaxis=dict(off, domain=[.02, 1 - 70/wide]), yaxis=dict(off, domain=[.03, .93]), dragmode='lasso')
     return plain_figure(traces, axes, [], wide, H)
 
@@ -255,7 +247,8 @@ class PoolControls(w.VBox):
     def __init__(self, run:RunView):
         self.round = control(w.Dropdown, 'round', 200, options=range(run.last + 1), value=max(run.last - 1, 0))
         self.order = control(w.Dropdown, 'order', 300, options=orders_of(run))
-        self.name = control(w.Text, 'name', 240, placeholder='part of a name', continuous_update=False)
+        self.between = control(w.Text, 'values', 200, 50, placeholder='0.5 to 2', continuous_update=False)
+        self.name = control(w.Text, 'name', 210, 50, placeholder='part of a name', continuous_update=False)
         asked = ['asked'] if run.out else []
         bought = [f'bought after round {i}' for i in range(int(run.since().max()))]
         states = ['any', 'labeled', 'unlabeled', *asked, *bought]
@@ -263,14 +256,17 @@ class PoolControls(w.VBox):
         self.task = control(w.Dropdown, 'of task', 220, options=['any', *run.names])
         self.shown = control(w.Dropdown, 'with', 260, options=classes_in(run))
         self.page = control(w.IntSlider, 'page', 320, value=1, min=1, max=1, continuous_update=False)
-        self.pages, self.map = w.HTML(), tick('map of what looks alike')
+        self.size = control(w.IntSlider, 'size', 240, 40, value=140, min=80, max=400, step=20, continuous_update=False)
+        self.pages, self.map = w.HTML(), tick('map of what looks alike', 200)
         self.lasso = w.Text(layout=w.Layout(display='none')) # rows that it chose, as a link keeps them
         self.clear = w.Button(description='clear the lasso', layout=w.Layout(width='150px'))
-        first, second = [self.round, self.order, self.name], [self.state, self.task, self.shown]
-        self.rows = [first, second, [self.page, self.map, self.lasso]]
+        first, second = [self.round, self.order, self.between, self.name], [self.state, self.task, self.shown]
+        self.rows = [first, second, [self.page, self.size, self.map, self.lasso]]
         self.named = dict(round=self.round, order=self.order, name=self.name, pairs=self.state, task=self.task,
-                          shows=self.shown, map=self.map, lasso=self.lasso, page=self.page)
-        super().__init__([line(*first), line(*second), line(self.page, self.pages, self.map, self.clear), self.lasso])
+                          shows=self.shown, map=self.map, lasso=self.lasso, values=self.between, size=self.size,
+                          page=self.page)
+        third = line(self.page, self.pages, self.size, self.map, self.clear)
+        super().__init__([line(*first), line(*second), third, self.lasso])
 
     def lassoed(self)->list[int]: return [int(i) for i in self.lasso.value.split(',') if i.isdigit()] # rows
 
@@ -289,13 +285,12 @@ def pair_states(
     return since == int(state.split()[-1]) + 1
 
 # %% ../../nbs/92_explore.pool.ipynb #d2951a04
-class PoolRows:
-    "The images that the controls leave, in their order"
+class PoolFilters:
+    "The images that the controls leave"
     def __init__(self, run:RunView, controls:PoolControls):
         self.run, self.controls = run, controls
 
-    def values(self)->np.ndarray: # (N,)
-        return image_values(self.run, self.controls.round.value, *self.controls.order.value)
+    def values(self)->np.ndarray: return image_values(self.run, self.controls.round.value, *self.controls.order.value)
 
     def fit(self)->np.ndarray: # (N,) bool
         c, run = self.controls, self.run
@@ -304,11 +299,21 @@ class PoolRows:
         fits = pairs[:, column].any(1) & np.array([c.name.value in name for name in run.pool.images])
         return fits & self.shows(*c.shown.value) if c.shown.value else fits
 
+    def between(self)->np.ndarray: # (N,) bool
+        text, values = self.controls.between.value, self.values()
+        low, high = value_limits(text)
+        if text and np.isnan(values).all(): raise ValueError("no image has a value in this order; choose another order")
+        return (values >= low) & (values <= high) if text else np.ones(len(values), bool)
+
     @kept(8)
     def shows(self, task:str, i:int)->np.ndarray: return has_class(self.run, task, i) # (N,) bool
+
+# %% ../../nbs/92_explore.pool.ipynb #89faec1b
+class PoolRows(PoolFilters):
+    "The images that the controls leave, in their order"
     def rows(self, chosen:list)->np.ndarray: # chosen: with the lasso; empty: all
         order = np.argsort(-self.values(), kind='stable') # NaN comes last
-        fits = self.fit()
+        fits = self.fit() & self.between()
         if chosen: fits &= np.isin(np.arange(len(fits)), chosen)
         return order[fits[order]]
 
@@ -319,17 +324,28 @@ def color_key(run:RunView)->str: # HTML
     keys = ' '.join(f'<span style="{style}">{key}</span>' for key in BoardColors(run).key())
     return f'<div style="font-size:12px;line-height:1.6;max-width:97vw">labels: {keys}</div>'
 
+# %% ../../nbs/92_explore.pool.ipynb #a6b85cbb
+class PoolPictures(w.HBox):
+    "The map beside the thumbnails, where there is room; above them on a phone"
+    def __init__(self, key:str): # HTML: of the colors
+        self.map, self.grid = Plot(select=True, wide=600), Thumbnails()
+        self.left = w.VBox([self.map], layout=w.Layout(flex='1 1 480px'))
+        right = w.VBox([w.HTML(key), self.grid], layout=w.Layout(flex='2 1 600px'))
+        super().__init__([self.left, right], layout=w.Layout(flex_flow='row wrap'))
+
+    def show_map(self, on:bool): self.left.layout.display = None if on else 'none'
+
 # %% ../../nbs/92_explore.pool.ipynb #f110223b
 class PoolDisplay(w.VBox):
     "Controls, thumbnails and the map"
     def __init__(self, run:RunView):
         self.run, self.controls = run, PoolControls(run)
         self.chosen, self.named = PoolRows(run, self.controls), self.controls.named
-        self.map, self.grid, self.status = Plot(select=True, wide=600), Thumbnails(), w.HTML()
-        self.key, self.progress = w.HTML(color_key(run)), Progress()
+        self.pictures, self.status, self.progress = PoolPictures(color_key(run)), w.HTML(), Progress()
+        self.map, self.grid = self.pictures.map, self.pictures.grid
         self.opened = lambda row: None # called with the row of an image that is clicked
         self.grid.on_msg(lambda _, message, __: self.opened(message['open']))
-        super().__init__([self.controls, self.status, self.progress, self.map, self.key, self.grid])
+        super().__init__([self.controls, self.status, self.progress, self.pictures])
 
     def rows(self)->np.ndarray: # of the pool: what is left, in its order
         return self.chosen.rows(self.controls.lassoed())
@@ -340,21 +356,12 @@ class PoolDisplay(w.VBox):
     def places(self, r:int)->np.ndarray: return two_components(self.run.features(r)) # (N, 2)
 
 
-# %% ../../nbs/92_explore.pool.ipynb #8e72332c
-class PoolExplorer(PoolDisplay):
-    "Thumbnails and a map of the pool; both show the same images"
-    def __init__(self, run:RunView):
-        super().__init__(run)
-        changed = Latest(lambda _: self.show())
-        observe(self.controls.rows, changed)
-        self.map.observe(changed, 'wide')
-        self.map.observe(lambda change: self.choose(change['new']), 'selected')
-        self.controls.clear.on_click(lambda _: self.choose([]))
-        self.show()
-
+# %% ../../nbs/92_explore.pool.ipynb #cb632431
+class PoolDrawing(PoolDisplay):
+    "What the controls and the lasso leave is drawn"
     def draw_map(self, rows:np.ndarray, values:np.ndarray): # the images that are left, (N,)
         at = self.places(self.controls.round.value)
-        title = order_title(self.run, self.controls.order.label, *self.controls.order.value)
+        title = order_title(self.run, *self.controls.order.value)
         self.map.figure = packed(pool_map(self.run, at, values, rows, self.map.wide, title))
 
     def show(self):
@@ -365,10 +372,23 @@ class PoolExplorer(PoolDisplay):
                 rows, values = self.rows(), self.chosen.values()
                 c.page.max = max(-(-len(rows)//PAGE), 1)
                 page = rows[(c.page.value - 1)*PAGE:c.page.value*PAGE].tolist()
-                self.grid.tiles = [tile(self.run, n, c.round.value, values) for n in page]
+                self.grid.wide = c.size.value
+                self.grid.tiles = [tile(self.run, n, c.round.value, values, max(160, c.size.value)) for n in page]
                 lasso = ', of those in the lasso' if c.lassoed() else ''
                 c.pages.value, c.clear.layout.display = f'of {c.page.max}', None if lasso else 'none'
                 self.status.value = sentence(f'{len(rows)} of {len(values)} images{lasso}; a click opens one')
-                self.map.layout.display = None if c.map.value else 'none'
+                self.pictures.show_map(c.map.value)
                 if c.map.value: self.draw_map(rows, values)
             except (ValueError, OSError) as e: self.status.value = sentence(str(e))
+
+# %% ../../nbs/92_explore.pool.ipynb #8e72332c
+class PoolExplorer(PoolDrawing):
+    "Thumbnails and a map of the pool; both show the same images"
+    def __init__(self, run:RunView):
+        super().__init__(run)
+        changed = Latest(lambda _: self.show())
+        observe(self.controls.rows, changed)
+        self.map.observe(changed, 'wide')
+        self.map.observe(lambda change: self.choose(change['new']), 'selected')
+        self.controls.clear.on_click(lambda _: self.choose([]))
+        self.show()
