@@ -371,7 +371,7 @@ REASONS = dict(
     unfinished='no finished round yet',
     foreign='not the config.json of',
     older='another version of partal_nb',
-    torn='torn or of another version')
+    torn='incomplete or of another version')
 
 @pytest.mark.parametrize('kind', BAD)
 def test_a_bad_folder_gets_a_sentence(kind, opened, tmp_path):

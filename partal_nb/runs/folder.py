@@ -86,7 +86,7 @@ class NetworkFiles(RunSettings):
         except (SafetensorError, RuntimeError, KeyError) as e:
             why = textwrap.shorten(str(e), 160) # the list of what does not fit may be long
             raise ValueError(f"{path}: the network can't be read ({why}); "
-                             "its file is torn or of another version") from e
+                             "its file is incomplete or of another version") from e
         return model.eval().to(pick_device(device))
 
     def load_model(self,
@@ -149,7 +149,7 @@ class ScoreFiles(RunCandidates):
         table = self.read_scores(r)
         try: found = scores_from_rows(table, pool)
         except (KeyError, ValueError) as e:
-            raise ValueError(f"{fault}: {e}; it is torn or of another version") from e
+            raise ValueError(f"{fault}: {e}; it is incomplete or of another version") from e
         lacking = int((self.candidates(r, pool).open & (found.norm != found.norm)).sum()) # NaN is not equal to itself
         if lacking:
             raise ValueError(f"{fault}: {lacking} of {pool.open.sum()} unlabeled pairs have no score in it; "
