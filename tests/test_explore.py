@@ -45,7 +45,7 @@ CHROME = shutil.which('chromium') or shutil.which('google-chrome')
 FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
 HERE = ('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')
-# Its page wants an icon font of a CDN, which our policy forbids; one that is left asks to end its kernel, and is refused
+# Its page wants an icon font of a CDN, which our policy forbids; one that is left would end its kernel, and is refused
 # (voila#1458): `partal explore` has such kernels culled. Its widgets still report their size to the kernel it let go.
 VOILAS_OWN = re.compile('fortawesome|/voila/api/shutdown/|widget sync message Error: Cannot send')
 APPS = ('entropy', 'selection', 'injection')
