@@ -8,6 +8,7 @@ __all__ = ['MEMBERS', 'PLACE', 'as_kept', 'Listed', 'write_members', 'Members']
 # %% ../../nbs/12a_data.members.ipynb #898851ca
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -121,6 +122,10 @@ class _Places:
         self.columns = {kind: table[kind].combine_chunks() for kind in table.column_names if kind != 'image'}
         self.there = {kind: c.is_valid().to_numpy(zero_copy_only=False) for kind, c in self.columns.items()} # (N,) bool
 
+# %% ../../nbs/12a_data.members.ipynb #54f67c0e
+def _leaves(name:str)->bool: # of a file; a link may lead out of its folder, a name may not
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == '..'
+
 # %% ../../nbs/12a_data.members.ipynb #cd3c22f1
 class Members(_Places):
     "The files of a data set where they lie"
@@ -131,7 +136,9 @@ class Members(_Places):
         return sorted(i for i, there in zip(self.images, self.there[kind]) if there)
 
     def file(self, image:str, kind:str)->Piece: # of an image that has it
-        return Piece(self.folder, **self.columns[kind][self.row[image]].as_py())
+        found = self.columns[kind][self.row[image]].as_py()
+        if not _leaves(found['file']): return Piece(self.folder, **found)
+        raise ValueError(f"{self.folder}: {found['file']} leaves this folder; prepare again into a new folder")
 
     def label(self,
         image:str,    # that has it
