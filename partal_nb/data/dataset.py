@@ -220,25 +220,22 @@ def images_of(
     return [i for ids in splits.values() for i in ids]
 
 # %% ../../nbs/13_data.dataset.ipynb #62dfeb03
-def _write_sample(path:Path, tasks:list, image:str, sample:dict, write:Callable):
+def _write_sample(path:Path, tasks:list, image:str, sample:dict, keep:bool): # keep: or is it only looked at
     rgb = sample['rgb']
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"rgb of {image}: expected (H, W, 3) uint8, got {rgb.shape} {rgb.dtype}")
     for t in tasks:
         if t.name not in sample: continue
-        _write_label(path, t, image, sample[t.name], rgb.shape[:2], write)
-    write(inside(path, f'rgb/{image}.png'), png_bytes(rgb))
-
-# %% ../../nbs/13_data.dataset.ipynb #e6480aa5
-def _only_look(path:Path, data:bytes): "Nothing is written of what is read in place"
+        _write_label(path, t, image, sample[t.name], rgb.shape[:2], keep)
+    if keep: write_atomic(inside(path, f'rgb/{image}.png'), png_bytes(rgb))
 
 # %% ../../nbs/13_data.dataset.ipynb #f22bb138
-def _write_label(path:Path, task:Task, image:str, label:np.ndarray, size:tuple, write:Callable):
+def _write_label(path:Path, task:Task, image:str, label:np.ndarray, size:tuple, keep:bool):
     if label.shape[:2] != size:
         raise ValueError(f"image {image} (task {task.name}): {label.shape[:2]} pixels, but its image has {size}")
     try: data = encode_label(label, task)
     except ValueError as e: raise ValueError(f"image {image}: {e}") from e
-    write(inside(path, f"{task.name}/{image}{task.form.file(task)['suffix']}"), data)
+    if keep: write_atomic(inside(path, f"{task.name}/{image}{task.form.file(task)['suffix']}"), data)
 
 # %% ../../nbs/13_data.dataset.ipynb #c0000066
 def _census(folder:Path)->dict: # how many files, and a checksum of their names and contents
@@ -302,7 +299,7 @@ def write_dataset(
     faults = list(faults)
     for i in tqdm(images_of(splits), desc=f'prepare {name}', unit='image', disable=not progress):
         if inside(path, f'rgb/{i}.png').is_file(): continue
-        try: _write_sample(path, tasks, i, samples(i), write_atomic if listed is None else _only_look)
+        try: _write_sample(path, tasks, i, samples(i), keep=listed is None)
         except ValueError as e: faults += str(e).split('\n') # the others are looked at all the same
     refuse_faults(faults)
     if listed: index[IN_PLACE] = write_members(path, listed, images_of(splits))
