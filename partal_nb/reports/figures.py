@@ -36,7 +36,8 @@ STYLES = dict(
 SPARE_COLORS = ('#332288', '#999933', '#AA4499', '#661100', '#44AA99', '#000000')
 SPARE_MARKERS = (
     'triangle-down', 'triangle-left', 'triangle-right', 'triangle-up-open', 'cross-open', 'x-open', 'star-open')
-STEP_COLORS = dict(load='#BBBBBB', train='#0072B2', evaluate='#56B4E9', score='#E69F00', select='#CC79A7')
+STEP_COLORS = dict(
+    load='#BBBBBB', train='#0072B2', evaluate='#56B4E9', error='#009E73', score='#E69F00', select='#CC79A7')
 
 # %% ../../nbs/71_reports.figures.ipynb #c000017a
 def styles(
