@@ -63,8 +63,7 @@ def _explodes(member:zipfile.ZipInfo, limits:dict)->str: # empty, or why
     large, dense = size > limits['largest'], size > limits['small'] and times > limits['ratio']
     most = f"{limits['largest']:,} bytes" if large else f"{limits['ratio']} times"
     if not large and not dense: return ''
-    return (f"the zip says {size:,} bytes, {times:,} times what is packed, expected at most {most}; "
-            "if it is honest, unpack it yourself")
+    return f"the zip says {size:,} bytes, {times:,} times what is packed, expected at most {most}"
 
 # %% ../../nbs/81_annotate.submission.ipynb #58ffdcbb
 PACKED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED # ways that can be unpacked piece by piece
@@ -76,7 +75,7 @@ def unpack(
     "The content of a file in a zip, never more than the zip says"
     info = opened.getinfo(name)
     if why := _explodes(info, limits): raise ValueError(why)
-    if info.compress_type not in PACKED: raise ValueError("it is packed with bzip2 or LZMA; pack an ordinary zip")
+    if info.compress_type not in PACKED: raise ValueError("it is packed with bzip2 or LZMA")
     parts, left = [], info.file_size + 1
     with opened.open(info) as f:
         while left > 0 and (part := f.read(min(left, 1 << 20))):
@@ -130,8 +129,9 @@ class SubmissionFiles:
         name:str, # one of `names`
     )->bytes:
         "The content of a file"
+        cure = 'copy it again, or unpack the zip yourself and give the folder' if self._zip else 'copy it again'
         try: return unpack(self._zip, name) if self._zip else _read_plain_file(inside(self.path, name))
-        except (*UNREADABLE, KeyError) as e: raise ValueError(f"{name}: can't be read: {e}; copy it again") from e
+        except (*UNREADABLE, KeyError) as e: raise ValueError(f"{name}: can't be read: {e}; {cure}") from e
 
 # %% ../../nbs/81_annotate.submission.ipynb #G8100005
 class Submission(SubmissionFiles):
