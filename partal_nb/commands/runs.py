@@ -44,8 +44,9 @@ def _configs(preset_name:str, strategy:str, against:str, changes:dict, out:Path)
 
 # %% ../../nbs/97_commands.runs.ipynb #a97f0006
 def _check_all(configs:dict[Path, RunConfig], track:Iterable[str]): # before the first begins
-    from partal_nb.runs.track import check_trackers
-    check_trackers(track)
+    if track:
+        from partal_nb.runs.track import check_trackers # with PyTorch, which nothing else here imports
+        check_trackers(track)
     from partal_nb.select.strategy import get_strategy
     from partal_nb.runs.checks import check_run
     for c in configs.values(): get_strategy(c.strategy)
