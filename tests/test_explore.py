@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
@@ -37,13 +38,15 @@ from partal_nb.explore.chooser import VIEWS, RunChooser, open_project_view
 from partal_nb.annotate.ask import ask, read_batch
 from partal_nb.annotate.project import init
 from partal_nb.annotate.tell import tell
+from partal_nb.commands.common import template
+from partal_nb.commands.runs import voila_command
 from partal_nb.runs.folder import RunFolder
 from partal_nb.runs.loop import run
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 CHROME = shutil.which('chromium') or shutil.which('google-chrome')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--enable-unsafe-swiftshader', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync']
 HERE = ('http://127.0.0.1', 'ws://127.0.0.1', 'data:', 'blob:')
 # Its page wants an icon font of a CDN, which our policy forbids; one that is left would end its kernel, and is refused
 # (voila#1458): `partal explore` has such kernels culled. Its widgets still report their size to the kernel it let go.
@@ -450,6 +453,40 @@ def test_ten_thousand_images_are_sorted_and_mapped_without_being_sent(opened, tm
     assert weight(lot.map.figure) < 40*10_000
     lot.controls.name.value = '09'
     assert f'{sum("09" in name for name in lot.run.pool.images)} of 10000 images' in lot.status.value
+
+CLOUD = """
+import os
+import partal_nb.explore.map as pool_map
+from partal_nb.explore.chooser import open_view
+from partal_nb.explore.pool import PoolExplorer
+pool_map.MANY = 5
+e = PoolExplorer(open_view(os.environ['PARTAL_RUN']))
+e.controls.map.value = True
+e"""
+
+def test_the_map_of_many_images_is_a_cloud_of_points(page, opened, tmp_path):
+    "jupyter-scatter draws it under the explorers' rules for pages, and its lasso chooses the thumbnails"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CLOUD)])
+    notebook.metadata.kernelspec = dict(name='python3', display_name='Python', language='python')
+    nbformat.write(notebook, tmp_path/'cloud.ipynb')
+    port, own = free_port(), str(template('entropy', 'explore'))
+    command = [tmp_path/'cloud.ipynb' if word == own else word for word in voila_command('entropy', port)]
+    url = f'http://127.0.0.1:{port}'
+    with served(command, url, tmp_path, PARTAL_RUN=str(opened.folder.path), JUPYTER_TOKEN='its-token'):
+        page.goto(f'{url}/?token=its-token', timeout=PATIENCE)
+        canvas = page.locator('canvas').first
+        canvas.wait_for(timeout=PATIENCE)
+        tiles = page.locator('button img')
+        until(page, lambda: tiles.count() == len(opened.pool))
+        box = canvas.bounding_box()
+        for i, (x, y) in enumerate([(.02, .02), (.5, .02), (.5, .98), (.02, .98), (.02, .2)]):
+            page.mouse.move(box['x'] + x*box['width'], box['y'] + y*box['height'], steps=20)
+            if i == 0: page.mouse.down()
+        page.mouse.up()
+        until(page, lambda: 0 < tiles.count() < len(opened.pool))
+        page.get_by_role('button', name='clear the lasso').click()
+        until(page, lambda: tiles.count() == len(opened.pool))
+        page.leave()
 
 def test_a_run_that_is_not_there_is_refused_before_a_server_starts(tmp_path):
     port = free_port()

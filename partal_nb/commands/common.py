@@ -209,7 +209,7 @@ def check_kernel(
     if given not in (None, pinned) and not cards:
         typer.echo(f'kernel {kernel} sees GPU {pinned}, its own; CUDA_VISIBLE_DEVICES is {given!r} here', err=True)
 
-# %% ../../nbs/79_commands.common.ipynb #099fb6d0
+# %% ../../nbs/79_commands.common.ipynb #561d78d4
 def papermill()->ModuleType:
     "papermill, imported without the grammars of web addresses"
     grammars = sys.modules.setdefault('rfc3987_syntax', None) # type: ignore[arg-type] # None: an import of it fails
