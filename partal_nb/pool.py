@@ -154,8 +154,10 @@ def pair_matrix(
 )->list[np.ndarray]: # (N, K) float for each of `columns`, NaN where there is no row
     "A table of pairs by position"
     import pandas as pd
-    n = pd.Index(pool.images).get_indexer(rows.image)
-    k = pd.Index([t.name for t in pool.tasks]).get_indexer(rows.task)
+    first = (rows.image != rows.image.shift()).to_numpy(bool) # of rows of one image, which mostly lie together
+    n = pd.Index(pool.images).get_indexer(rows.image[first])[np.cumsum(first) - 1]
+    k = np.full(len(rows), -1)
+    for i, t in enumerate(pool.tasks): k[(rows.task == t.name).to_numpy(bool)] = i
     here = (n >= 0) & (k >= 0)
     at = n[here], k[here]
     shape = len(pool.images), len(pool.tasks)
