@@ -108,7 +108,7 @@ def shades()->list[str]: # hexadecimal
     "Gray, and the colors of values"
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
-    return [to_hex('#999999'), *map(to_hex, colormaps['viridis'](np.linspace(0, 1, SHADES)))]
+    return [to_hex(LACKING), *map(to_hex, colormaps['viridis'](np.linspace(0, 1, SHADES)))]
 
 # %% ../../nbs/91a_explore.map.ipynb #866d2904
 def cloud_key(
@@ -119,8 +119,9 @@ def cloud_key(
     low, high = value_range(values)
     bar = f"display:inline-block;width:120px;height:9px;background:linear-gradient(90deg,{','.join(shades()[1::25])})"
     lacking = ' · gray: no value' if np.isnan(values).any() else ''
-    text = f'{html.escape(title)}: {number(low)} <span style="{bar}"></span> {number(high)}{lacking}'
-    return f'<p style="font-size:12px;margin:4px 0">{text}</p>'
+    text = f'{number(low)} <span style="{bar}"></span> {number(high)}{lacking}'
+    if np.isnan(values).all(): text = 'no image has a value'
+    return f'<p style="font-size:12px;margin:4px 0">{html.escape(title)}: {text}</p>'
 
 # %% ../../nbs/91a_explore.map.ipynb #0a1c097d
 class CloudMap(w.VBox):
