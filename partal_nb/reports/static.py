@@ -95,6 +95,8 @@ def draw_bar(
     look['label'] = t.name if t.showlegend is not False else None
     if t.orientation == 'h': bars = ax.barh(at, sizes, width, start, xerr=errors(t.error_x), **look)
     else: bars = ax.bar(at, sizes, width, start, yerr=errors(t.error_y), **look)
+    for edges in (b.sticky_edges for b in bars): # the axis begins at 0, and goes beyond an empty bar on top
+        (edges.x if t.orientation == 'h' else edges.y)[:] = [0]
     if t.text is not None: ax.bar_label(bars, values(t.text), padding=3, size=8)
 
 # %% ../../nbs/71a_reports.static.ipynb #af811a1c
