@@ -101,7 +101,9 @@ def cloud_points(
     low, high = value_range(values)
     shade = np.where(there, (values - low)/((high - low) or 1), -1/SHADES)
     fits = np.isin(np.arange(len(at)), chosen).astype(float)
-    return pd.DataFrame(dict(x=at[:, 0], y=at[:, 1], shade=shade, fits=fits))
+    spread = np.ptp(at, axis=0)
+    x, y = ((at - at.min(0))/np.where(spread > 0, spread, 1)).T # from 0 to 1 in every round, so that all are in view
+    return pd.DataFrame(dict(x=x, y=y, shade=shade, fits=fits))
 
 # %% ../../nbs/91a_explore.map.ipynb #2b7d7e77
 def shades()->list[str]: # hexadecimal
