@@ -3,6 +3,7 @@ import base64
 import html
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,11 @@ def test_committed_journals(name, tmp_path):
     assert all(r.command and html.escape(r.command) in page for r in study.runs)
     tables = [pd.read_csv(io.BytesIO(base64.b64decode(d))) for d in re.findall(r'data:text/csv;base64,([^"]+)', page)]
     assert len(tables) >= 3 and all(len(t) for t in tables)
+
+def test_a_study_of_which_one_run_has_begun(tmp_path):
+    "A report may be asked for while a sweep is under way: one common round has no area under the curve"
+    for name in ('partal-0', 'random_pairs-0'): shutil.copytree(RESULTS/'rooms'/name, tmp_path/'study'/name)
+    journal = tmp_path/'study/random_pairs-0/journal.jsonl'
+    journal.write_text(journal.read_text('utf-8').splitlines()[0] + '\n', 'utf-8')
+    page = write_report([tmp_path/'study'], tmp_path/'report.html').read_text('utf-8')
+    assert 'Last round' in page and 'Area under the curve' not in page

@@ -96,9 +96,9 @@ def test_length(place, study):
 
 def test_redundancy(place):
     (place/'photos').mkdir()
-    for i in range(12):
+    for i in range(12): # img_9 was taken before img_10
         noise = np.random.default_rng(i//2).integers(0, 256, (48, 64, 3), np.uint8)
-        Image.fromarray(noise).save(place/f'photos/{i:03d}.png') # each number twice the same picture
+        Image.fromarray(noise).save(place/f'photos/img_{i}.png') # each number twice the same picture
     said, _ = notebook(place, 'redundancy', photos=str(place/'photos'), images=16, height=48, width=64, views=[1, 2, 8],
                        encoder='test_efficientnet', pretrained=False)
     found = json.loads((place/'redundancy/redundancy.json').read_text())

@@ -201,7 +201,7 @@ FORMATS = {f.name: f for f in (
 
 # %% ../../nbs/85_annotate.formats.ipynb #c6e7c588
 def annotation_format(
-    form:Format, # `name` is what `partal init --formats` calls it
+    form:Format, # `name` is what a task's `format` in `tasks.toml` calls it
 )->Format:
     "Make a format of your own known under its name"
     add_entry(FORMATS, form.name, form, 'format', lambda entry: entry.writer)

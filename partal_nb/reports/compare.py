@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
-from ..statistics import holm, paired_test
+from ..statistics import holm, paired_test, small_sample_tails
 from .read import Study, named_rows, with_metrics
 from .figures import AXES, styles
 
@@ -253,9 +253,10 @@ def compare_arms(
 )->pd.DataFrame: # a row an arm, reading and set of metrics: of `paired_test` over all tasks, with Holm's `p_holm`
     "Every arm against the reference, by every reading"
     rows = []
+    readings = READINGS if common_rounds(df)['round'].nunique() > 1 else dict(last=last) # one round has no area
     judged = {'main': df} | ({'other': with_metrics(df, other_metrics)} if other_metrics else {})
     for metrics, table in judged.items():
-        for reading, number in READINGS.items():
+        for reading, number in readings.items():
             found = change(number(table), reference)
             found = found[(found.task == ALL_TASKS) & (found.strategy != reference)]
             tests = [dict(arm=arm, reading=reading, metrics=metrics) | paired_test(d.value.to_numpy(), .95)
@@ -297,26 +298,23 @@ def labels_saved(
     arm:str,
     reference:str,
     x:str='pairs',   # `pairs` or `cost`
-    draws:int=2000,  # of the bootstrap
+    draws:int=10_000, # of the bootstrap
     seed:int=0,      # of the draws
 )->dict: # `saved` with `low` and `high`, shares; `at`, `needs` in units of x; `reached`, of the draws; `seeds`
-    "The share of labels or money that an arm saves against a reference at equal quality over all tasks"
+    "What an arm saves against a reference at the quality over all tasks that it has in the last round of all runs"
+    end = common_rounds(df)['round'].max()
     curves = over_all_tasks(df, levels(df, reference))
     tables = {s: curves[curves.strategy == s].pivot(index='round', columns='seed') for s in (arm, reference)}
-    seeds = np.array(sorted(set(tables[arm].value) & set(tables[reference].value)))
-    end = tables[arm].iloc[-1]
-    theirs = tables[reference].dropna()
-    def need(chosen):
-        goal = end.value[chosen].mean()
-        return crossing(theirs[x][chosen].mean(axis=1).to_numpy(), theirs.value[chosen].mean(axis=1).to_numpy(), goal)
-    rng = np.random.default_rng(seed)
-    drawn = [rng.choice(seeds, len(seeds)) for _ in range(draws)]
-    needs = np.array([need(chosen) for chosen in (seeds, *drawn)])
-    at = np.array([end[x][chosen].mean() for chosen in (seeds, *drawn)])
-    most = float(theirs[x].iloc[-1].mean())
-    saved = 1 - at/np.where(np.isnan(needs), most, needs)
-    low, high = np.quantile(saved[1:], [.025, .975])
-    return dict(saved=saved[0], low=low, high=high, at=at[0], needs=needs[0], seeds=len(seeds),
+    own, theirs = tables[arm].loc[end], tables[reference].dropna()
+    seeds = sorted(set(own.value.index) & set(theirs.value))
+    n = len(seeds)
+    chosen = np.vstack([np.arange(n), np.random.default_rng(seed).integers(n, size=(draws, n))])
+    def mean(table): return table[seeds].to_numpy()[..., chosen].mean(-1) # over all seeds, then over those of each draw
+    at, goal, xs, ys = (mean(table[name]) for table in (own, theirs) for name in (x, 'value'))
+    needs = np.array([crossing(*curve) for curve in zip(xs.T, ys.T, goal)])
+    saved = 1 - at/np.where(np.isnan(needs), xs[-1], needs)
+    low, high = np.quantile(saved[1:], small_sample_tails(n))
+    return dict(saved=saved[0], low=low, high=high, at=at[0], needs=needs[0], seeds=n,
                 reached=float(np.mean(~np.isnan(needs[1:]))))
 
 # %% ../../nbs/72_reports.compare.ipynb #eb382a20

@@ -27,7 +27,7 @@ from .read import RunRecord, Study, named_rows, read_study, run_folders, over_se
 from .figures import (
     curves, length_note, metric_title, results_table, spending, styles, timing, training_length)
 from partal_nb.reports.compare import (
-    PAPER_SOURCE, area, beside_paper, distance_table, last, multi_task, needed_table, paired, paper_of,
+    PAPER_SOURCE, area, beside_paper, common_rounds, distance_table, last, multi_task, needed_table, paired, paper_of,
     what_follows)
 
 # %% ../../nbs/73_reports.page.ipynb #460e1d55
@@ -248,7 +248,7 @@ def paired_parts(
     if study.reference(): df = pd.concat([df, multi_task(study)])
     others = [s for s in styles(df.strategy) if s != ours]
     if ours not in set(df.strategy) or not others: return []
-    if df['round'].nunique() == 1: return [paired_part('Last round', study, ours, last(df))]
+    if common_rounds(df)['round'].nunique() == 1: return [paired_part('Last round', study, ours, last(df))]
     parts = [paired_part('Last round', study, ours, last(df)),
              paired_part('Area under the curve', study, ours, area(df))]
     if baseline not in others: return parts

@@ -295,20 +295,25 @@ def _origin(folder:RunFolder)->dict: # what made its numbers; older versions wro
     how = [line.get('resolved', {}) for line in folder.journal()]
     devices = {machine.get('device'), *(h.get('device', machine.get('device')) for h in how)}
     precisions = {h.get('precision') for h in how}
-    return dict(commit=about.get('commit'), threads=machine.get('threads'),
+    return dict(commit=about.get('commit'), versions=about.get('versions'), threads=machine.get('threads'),
+                processes=about['config'].get('processes', 1),
                 device=sorted(map(str, devices)), precision=sorted(map(str, precisions)))
 
 # %% ../../nbs/70_reports.read.ipynb #6acebbf4
 def check_one_origin(
     folders:Iterable, # of runs that are compared
 ):
-    "Refuse runs of one comparison that different commits or kinds of machine made"
+    "Refuse runs of one comparison that different commits, versions or kinds of machine made"
     origins = {f: _origin(RunFolder(f)) for f in folders}
+    changed = [f for f, origin in origins.items() if str(origin['commit']).endswith('-dirty')]
+    if changed:
+        raise ValueError(f"{changed[0]}: expected runs of a commit, got {origins[changed[0]]['commit']}: files differed "
+                         "from it, and nothing says how; make the runs of a comparison again, from a clean checkout")
     for f, origin in origins.items():
         one, first = next(iter(origins.items()))
         differ = {k: (first[k], v) for k, v in origin.items() if v != first[k]}
         if differ:
-            raise ValueError(f"{one} and {f}: expected one commit, number of threads, device and precision, "
+            raise ValueError(f"{one} and {f}: expected one commit, versions, threads, processes, device and precision, "
                              f"got {differ}; make the runs of a comparison again, from one checkout on like machines")
 
 # %% ../../nbs/70_reports.read.ipynb #039d5f88

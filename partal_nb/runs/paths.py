@@ -44,7 +44,7 @@ class NetworkPaths(RunPaths):
     def init(self,
         member:int=0, # of an ensemble; 0: the first or only network
     )->Path:
-        "The weights that every round starts from"
+        "The first weights, from which every round starts unless `warm_start`"
         return self.path/(f'init-{member}.safetensors' if member else 'init.safetensors')
 
     def checkpoint(self,
