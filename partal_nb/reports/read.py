@@ -305,15 +305,15 @@ def check_one_origin(
 ):
     "Refuse runs of one comparison that different commits, versions or kinds of machine made"
     origins = {f: _origin(RunFolder(f)) for f in folders}
-    changed = [f for f, origin in origins.items() if str(origin['commit']).endswith('-dirty')]
-    if changed:
-        raise ValueError(f"{changed[0]}: expected runs of a commit, got {origins[changed[0]]['commit']}: files differed "
-                         "from it, and nothing says how; make the runs of a comparison again, from a clean checkout")
+    for f, origin in origins.items():
+        if str(origin['commit']).endswith('-dirty'):
+            raise ValueError(f"{f}: expected a run of a commit, got {origin['commit']}: files differed from it, and "
+                             "nothing says how; make the runs of a comparison again, from a clean checkout")
     for f, origin in origins.items():
         one, first = next(iter(origins.items()))
         differ = {k: (first[k], v) for k, v in origin.items() if v != first[k]}
         if differ:
-            raise ValueError(f"{one} and {f}: expected one commit, versions, threads, processes, device and precision, "
+            raise ValueError(f"{one} and {f}: expected one commit, versions, threads, processes, device, precision, "
                              f"got {differ}; make the runs of a comparison again, from one checkout on like machines")
 
 # %% ../../nbs/70_reports.read.ipynb #039d5f88
