@@ -120,7 +120,7 @@ class ProjectSettings:
     cooldown:int=2        # batches that a rejected pair is left alone
     val_share:float=.2    # of the labeled images, held out to evaluate on; 0 where there is a `val`
     min_gain:float=0.     # % of quality that a unit of money should bring; 0: a tenth of what it brought so far
-    per_price:bool=True   # money is spent by score per price rather than along the ranking
+    per_price:bool=True   # money goes by score per price, where tasks have no shares, rather than along the ranking
     encodings:dict=field(default_factory=dict) # task -> what is stated about the files that lie beside the images
     imports:tuple=()      # plug-ins, see `load_plugins`
     removed:tuple=()      # ids of images that are not asked or trained on any more
