@@ -223,7 +223,8 @@ def _make(p:Project, ledger:Ledger, steps:Steps, how:_Making, away:Changed):
         model = _train(p, arrays, train_on, how)
         steps('about', lambda: _about(p, ledger, upto))
         steps('evaluate', lambda: _evaluate(p, test, r, model, starting))
-        if not _all_scored(p, arrays, r, starting): steps.done.pop('score', None)
+        to_select = 'select' not in steps.done
+        if to_select and not _all_scored(p, arrays, r, starting): steps.done.pop('score', None)
         steps('score', lambda: _score(p, arrays, r, model, starting, how.progress))
     pool = _rows(p.pool(ledger, away.aside), arrays.images)
     bought = WholePurchase(p, pool, prices_now(p, ledger.events()), how.request, r)
@@ -288,13 +289,13 @@ def project_acquisition(p:Project): # -> Acquisition
     return acquisition if acquisition.pair_needs else replace(
         acquisition, needs=(*needs_to_show(strategy_of(p.config)), *acquisition.needs))
 
-# %% ../../nbs/87_annotate.ask.ipynb #12a99dec
+# %% ../../nbs/87_annotate.ask.ipynb #967ac152
 def _to_score(p:Project, arrays, starting:list)->Pool: # in which only pairs of trained tasks can be bought
     labeled = arrays.available
     trained = ~np.isin(np.arange(len(p.tasks)), starting)
     return Pool(arrays.images, p.tasks, labeled, labeled | trained)
 
-# %% ../../nbs/87_annotate.ask.ipynb #eb808c60
+# %% ../../nbs/87_annotate.ask.ipynb #f182580a
 def _all_scored(p:Project, arrays, r:int, starting:list)->bool: # or did images come since an `ask` that ended early
     if not p.files.scores_file(r).exists(): return False
     pool = _to_score(p, arrays, starting)
