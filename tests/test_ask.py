@@ -19,6 +19,8 @@ from partal_nb.annotate.submission import to_npy
 from partal_nb.annotate.label_studio import label_studio_task
 from partal_nb.annotate.project import init, open_project
 from partal_nb.annotate.ask import ask, load_labels, read_batch
+from partal_nb.annotate.images import add, remove
+from partal_nb.annotate.replay import as_dataset
 from partal_nb.annotate.tell import tell
 from partal_nb.annotate.status import curve, status
 from partal_nb.cli import app
@@ -516,6 +518,23 @@ def test_test_images_spare_the_held_out(tmp_path):
     assert p.val == tuple(ids[:4]) and set(p.images) == set(ids[4:])
     batch = ask(p.folder, budget=4, progress=False)
     assert not {q['image'] for q in batch.queries} & set(p.val) and len(curve(p)) == 1
+    (source/f'{ids[0]}.png').unlink()
+    remove(p.folder, ids[:2]) # one that is gone and one that is there
+    p = open_project(p.folder)
+    with p.ledger() as ledger: assert load_labels(p, ledger)[1].images == tuple(ids[2:4])
+    assert as_dataset(p).splits['test'] == ids[2:4]
+
+def test_images_that_come_after_the_scores(tmp_path):
+    "An `ask` that ended between its scores and its choice doesn't block images that come then"
+    p = init(photos(tmp_path/'photos'), tmp_path/'project', tasks_file(tmp_path), **TINY)
+    with pytest.raises(ValueError, match='ask for that or more'): ask(p.folder, money=.1, progress=False)
+    written = p.files.scores_file(1).stat().st_mtime_ns
+    with pytest.raises(ValueError, match='ask for that or more'): ask(p.folder, money=.2, progress=False)
+    assert p.files.scores_file(1).stat().st_mtime_ns == written # the same images are scored once
+    write_atomic(tmp_path/'photos/new.png', png_bytes(TRUTH['room00']['rgb']))
+    add(p.folder)
+    batch = ask(p.folder, budget=33, progress=False)
+    assert sum(q['image'] == 'new' for q in batch.queries) == 3 and len(batch.queries) == 33
 
 def test_a_prepared_data_set(tmp_path):
     "A prepared data set: its tasks, its splits; nothing is left to ask there"

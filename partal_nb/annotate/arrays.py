@@ -114,7 +114,8 @@ class LabelsBeside:
         if pair in self.came or pair not in self.kept: return self.came.get(pair)
         task = self.p.task(pair.task)
         how = {k: v for k, v in task.form.file(task).items() if k != 'suffix'}
-        return read_label(self.p.label_file(*pair, self.kept[pair]), task, **how)
+        try: return read_label(self.p.label_file(*pair, self.kept[pair]), task, **how)
+        except (ValueError, OSError): return None # a fault of its own, which `changed_files` names
 
     def implausible(self, a)->str: # a: an Answer; '' where nothing speaks against it
         from partal_nb.data.derive import implausible_beside

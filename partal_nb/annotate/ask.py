@@ -204,7 +204,7 @@ def load_labels(
     known = {pair: sha256 for pair, sha256 in ledger.labels(upto).items() if pair not in away.lost}
     labeled = labeled[here]
     pool = project_arrays(p, source, images, 'pool', kept_labels(p, known), labeled)
-    val = tuple(i for i in p.val if i not in away.aside)
+    val = tuple(i for i in p.val if i not in {*away.aside, *p.removed})
     if val:
         has = np.array([[has_label(source, i, name) for name in p.names] for i in val])
         return pool, project_arrays(p, source, val, 'val', given_labels(p, source), has), labeled
@@ -223,11 +223,13 @@ def _make(p:Project, ledger:Ledger, steps:Steps, how:_Making, away:Changed):
         model = _train(p, arrays, train_on, how)
         steps('about', lambda: _about(p, ledger, upto))
         steps('evaluate', lambda: _evaluate(p, test, r, model, starting))
+        to_select = 'select' not in steps.done
+        if to_select and not _all_scored(p, arrays, r, starting): steps.done.pop('score', None)
         steps('score', lambda: _score(p, arrays, r, model, starting, how.progress))
     pool = _rows(p.pool(ledger, away.aside), arrays.images)
     bought = WholePurchase(p, pool, prices_now(p, ledger.events()), how.request, r)
     queries = steps('select', lambda: _select(bought, arrays, model, starting, how.progress))
-    _write_batch(p, arrays, how, queries, model)
+    _write_batch(p, arrays, how, queries, model, starting)
 
 # %% ../../nbs/87_annotate.ask.ipynb #d8fceada
 def _rows(pool:Pool, images:tuple)->Pool: # of these images alone
@@ -287,11 +289,21 @@ def project_acquisition(p:Project): # -> Acquisition
     return acquisition if acquisition.pair_needs else replace(
         acquisition, needs=(*needs_to_show(strategy_of(p.config)), *acquisition.needs))
 
-# %% ../../nbs/87_annotate.ask.ipynb #c0000201
-def _score(p:Project, arrays, r:int, model, starting:list, progress:bool)->str: # the name of the file it wrote
+# %% ../../nbs/87_annotate.ask.ipynb #967ac152
+def _to_score(p:Project, arrays, starting:list)->Pool: # in which only pairs of trained tasks can be bought
     labeled = arrays.available
     trained = ~np.isin(np.arange(len(p.tasks)), starting)
-    pool = Pool(arrays.images, p.tasks, labeled, labeled | trained)
+    return Pool(arrays.images, p.tasks, labeled, labeled | trained)
+
+# %% ../../nbs/87_annotate.ask.ipynb #f182580a
+def _all_scored(p:Project, arrays, r:int, starting:list)->bool: # or did images come since an `ask` that ended early
+    if not p.files.scores_file(r).exists(): return False
+    pool = _to_score(p, arrays, starting)
+    return not np.isnan(scores_from_rows(p.files.read_scores(r), pool).norm[pool.open]).any()
+
+# %% ../../nbs/87_annotate.ask.ipynb #c0000201
+def _score(p:Project, arrays, r:int, model, starting:list, progress:bool)->str: # the name of the file it wrote
+    pool = _to_score(p, arrays, starting)
     seed = derive_seed(p.config.seed, 'score', r)
     acquisition = project_acquisition(p)
     pairs_only = replace(acquisition, needs=acquisition.pair_needs)
@@ -341,7 +353,7 @@ def _reason(p:Project, pool:Pool, scores:Scores, n:int, k:int)->str: # why image
     return f"{text}; injected: {' + '.join(injected)}" if injected and p.config.inject_score else text
 
 # %% ../../nbs/87_annotate.ask.ipynb #21fed366
-def _write_batch(p:Project, arrays, how:_Making, queries:list, model):
+def _write_batch(p:Project, arrays, how:_Making, queries:list, model, starting:list):
     from partal_nb.annotate.formats import FORMATS
     from partal_nb.data.labels import image_size
     target = p.files.batch(how.r)
@@ -349,9 +361,10 @@ def _write_batch(p:Project, arrays, how:_Making, queries:list, model):
     shutil.rmtree(part, ignore_errors=True) # of an `ask` that was interrupted
     part.mkdir(parents=True)
     for q in queries: q['height'], q['width'] = image_size(source.file(q['image'], 'rgb'))
-    for t in p.tasks:
+    for k, t in enumerate(p.tasks):
         mine = [q for q in queries if q['task'] == t.name]
-        made = (_query(p, t, q, source.rgb(q['image']), arrays, model) for q in mine)
+        trained = None if k in starting else model # what an untrained head predicts is noise
+        made = (_query(p, t, q, source.rgb(q['image']), arrays, trained) for q in mine)
         place = f'{target.name}/{t.name}'
         if mine: FORMATS[p.formats[t.name]].write(part/t.name, t, made, images=how.images, place=place)
     network = p.files.checkpoint(how.r).relative_to(p.folder).as_posix() if model else ''

@@ -50,13 +50,14 @@ class Fingerprints:
 
     def of(self,
         file:Path,
-    )->str: # SHA-256 in hex; empty: there is no such file
+    )->str: # SHA-256 in hex; empty: there is no such file, or it can't be read
         "The hash of a file"
         if not file.is_file(): return ''
         s = file.stat()
-        *stamp, sha256 = self.known.get(str(file), [None])
-        if stamp == [s.st_size, s.st_mtime_ns]: return sha256
+        *stamp, sha256 = self.known.get(str(file), [''])
+        if sha256 and stamp == [s.st_size, s.st_mtime_ns]: return sha256
         sha256 = content_hash(file)
+        if not sha256: return '' # it may be readable at the next look, and size and time stay
         self.known[str(file)] = [s.st_size, s.st_mtime_ns, sha256]
         self.new = True
         return sha256
@@ -126,16 +127,32 @@ def images_in(
     "The image files in a folder"
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in READABLE and f.suffix.lower() != '.npy')
 
+# %% ../../nbs/49_annotate.files.ipynb #f1382aa3
+def _other_image(target:Path, name:str)->str: # empty, or why nothing can be written there; name: of what would be
+    same_id = any(f.stem == target.stem for f in target.parent.glob(f'{glob.escape(target.stem)}.*'))
+    if not same_id and not target.exists(): return ''
+    return f"{name}: there is another image of this name in {target.parent}; rename one"
+
 # %% ../../nbs/49_annotate.files.ipynb #e6655970
 def _copy_image(folder:Path, source:Path)->str: # empty, or why not
     target = folder/source.name
     if target.exists() and content_hash(target) == content_hash(source): return ''
-    if target.exists() or any(f.stem == source.stem for f in folder.glob(f'{glob.escape(source.stem)}.*')):
-        return f"{source}: there is another image of this name in {folder}; rename one"
+    why = _other_image(target, str(source))
+    if why: return why
     try: image_size(source, whole=True)
     except (ValueError, OSError) as e: return str(e)
     write_atomic(target, source.read_bytes())
     return ''
+
+# %% ../../nbs/49_annotate.files.ipynb #2f5511a6
+def _copy_frames(folder:Path, source:Path, frames:Iterable)->list[str]: # why not; frames: as `video_frames` has them
+    for name, rgb in frames:
+        target, data = folder/f'{name}.png', png_bytes(rgb)
+        if target.exists() and target.read_bytes() == data: continue
+        why = _other_image(target, f'{source}, frame {name}')
+        if why: return [why]
+        write_atomic(target, data)
+    return []
 
 # %% ../../nbs/49_annotate.files.ipynb #ae62dd60
 def _no_images(folder:Path)->list[str]: # what lies there and isn't taken, a line each for files and for folders
@@ -158,7 +175,7 @@ def copy_images(
     problems = []
     for source in map(Path, sources):
         if source.suffix.lower() in VIDEOS:
-            for name, rgb in video_frames(source, every): write_atomic(folder/f'{name}.png', png_bytes(rgb))
+            problems += _copy_frames(folder, source, video_frames(source, every))
             continue
         if not source.exists(): raise FileNotFoundError(f"{source}: no such file or folder")
         files = images_in(source) if source.is_dir() else [source]

@@ -55,7 +55,7 @@ def add(
             took = _tell_beside(p, ledger, source, away, problems)
             keep_backup(p, ledger)
             clear_leftovers(p, ledger)
-        _take_again(p, source, () if edited else away.edited)
+        _take_again(p, source, edited)
     return Added(new, took, [*problems, *source.faults], left_out(source, but=p.folder))
 
 # %% ../../nbs/88a_annotate.images.ipynb #36cc902d
@@ -82,11 +82,11 @@ def _tell_beside(p:Project, ledger, source, away:Changed, problems:list)->dict: 
     return found
 
 # %% ../../nbs/88a_annotate.images.ipynb #39caef4e
-def _take_again(p:Project, source, kept:tuple): # kept: images that stay as they were taken
+def _take_again(p:Project, source, edited:bool): # edited: photographs, too, as they are now
     then = read_plain(p.files.taken_file) if p.files.taken_file.is_file() else {}
-    old = {f'rgb/{i}' for i in kept}
-    now = {k: v for k, v in take(p, source).items() if k not in old}
-    write_json(p.files.taken_file, now | {k: v for k, v in then.items() if k in old})
+    now = take(p, source)
+    def stays(name): return name.startswith('rgb/') and not (edited and name in now) # what is gone may come back
+    write_json(p.files.taken_file, now | {k: v for k, v in then.items() if stays(k)})
 
 # %% ../../nbs/88a_annotate.images.ipynb #7bd15361
 def remove(

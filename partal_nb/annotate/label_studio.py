@@ -228,21 +228,30 @@ def read_label_studio(path, task:Task, sizes:dict)->Iterator[Answer]: # image id
     found = find_json(submission, task, is_label_studio)
     def answers():
         yield from refused_answers(submission, task)
-        for name, tasks in found:
-            for t in tasks: yield from _task_answers(task, sizes, name, t)
+        for a in sorted(_annotations(found), key=_updated): yield _checked_answer(task, sizes, *a)
     return answers()
 
+# %% ../../nbs/82_annotate.label_studio.ipynb #2460d6fd
+def _annotations(found:list)->Iterator[tuple]: # (where, data of its task, annotation); found: as `find_json` returns it
+    for name, tasks in found:
+        for t in tasks:
+            several = t['annotations']
+            for k, annotation in enumerate(several, 1):
+                yield f"{name}, task {t.get('id')}, annotation {k} of {len(several)}", t['data'], annotation
+
+# %% ../../nbs/82_annotate.label_studio.ipynb #5c156cf1
+def _updated(found:tuple)->str: # when; later ones correct earlier ones, in whichever file they are
+    annotation = found[-1]
+    return str(annotation.get('updated_at', '')) if isinstance(annotation, dict) else ''
+
 # %% ../../nbs/82_annotate.label_studio.ipynb #c00001c6
-def _task_answers(task:Task, sizes:dict, name:str, t:dict)->Iterator[Answer]: # of one task of Label Studio's
-    def when(annotation): return str(annotation.get('updated_at', '')) if isinstance(annotation, dict) else ''
-    image = str(t['data'].get('image_id'))
-    for k, annotation in enumerate(sorted(t['annotations'], key=when), 1):
-        where = f"{name}, task {t.get('id')}, annotation {k} of {len(t['annotations'])}"
-        try: yield _studio_answer(task, sizes, image, where, t['data'], annotation)
-        except ValueError as e: yield Answer(image, task.name, source=where, problem=str(e))
-        except (KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError) as e:
-            why = f"{where}: not as Label Studio writes it ({e!r}); export it again as JSON"
-            yield Answer(image, task.name, source=where, problem=why)
+def _checked_answer(task:Task, sizes:dict, where:str, data:dict, annotation)->Answer: # or what is wrong with it
+    image = str(data.get('image_id'))
+    try: return _studio_answer(task, sizes, image, where, data, annotation)
+    except ValueError as e: return Answer(image, task.name, source=where, problem=str(e))
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError) as e:
+        why = f"{where}: not as Label Studio writes it ({e!r}); export it again as JSON"
+        return Answer(image, task.name, source=where, problem=why)
 
 # %% ../../nbs/82_annotate.label_studio.ipynb #ce20a1ca
 def _studio_answer(task, sizes, image, where, data, annotation)->Answer:

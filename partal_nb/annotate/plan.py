@@ -25,6 +25,7 @@ from ..data.dataset import has_label
 from ..pool import Context, Picks, Pool, Scores
 from ..select.prices import Prices, Tariff, learn_prices, least_total, price_of, to_bits
 from ..select.pick import start_rows
+from ..select.shares import RANKED
 from ..uncertainty.acquisition import need_names
 from ..select.strategy import strategy_of
 from ..select.budget import check_ranking, follow, spend
@@ -133,6 +134,7 @@ def open_images(
     data,                   # folder of images, with labels beside them; or a prepared data set
     tasks:tuple[Task, ...], # of the project; empty: those of the data set
     encodings:dict={},      # task -> fields of `Encoding`; default: as `tasks.json` beside the images has them
+    layout:str='',          # a key of `LAYOUTS`, whose tasks they are; '': a folder of one's own
 ): # a `Folder` or a `Dataset`
     "The images, and the labels that are there"
     from partal_nb.data.folders import Folder, FolderLayout, Place, own_images, own_layout, tasks_file
@@ -141,7 +143,9 @@ def open_images(
     path = Path(data)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; expected images")
     if not tasks and _only_images(path): raise ValueError(NO_TASKS)
-    if not tasks or (path/INDEX).is_file(): return _same_classes(_copied(open_source(path)), tasks)
+    prepared = (path/INDEX).is_file()
+    if layout or prepared or not tasks:
+        return _same_classes(_copied(open_source(path, '' if prepared else layout)), tasks)
     images = own_images(path)
     how = {q.task.name: q.encoding for q in own_layout(path).places} if tasks_file(path) else {}
     how |= {name: Encoding(**stated) for name, stated in encodings.items()}
@@ -183,7 +187,8 @@ def prices_now(
 DEFAULTS = dict(preset='project', height=144, width=192, features=48, lr=1e-3, train_by='presentations', train_for=600,
                 augment='flip') # of a project's configuration
 ONLY_RUNS = ('start_images labels_from step_pairs rounds step_money per_price prices open_price label_cap price_unit '
-             'pool_images test_images val_images views rare pool_seed extra_metrics also').split()
+             'pool_images test_images val_images score_images first_train_for views rare pool_seed extra_metrics '
+             'also').split()
 SUPPORTED = dict(estimator=('mc_dropout', 'masksembles', 'inconsistency'),
                  normalizer=('minmax', 'quantile', 'rank', 'refit', 'none'), pseudo=(0.,)) # values of fields
 NOT_COMPUTED = ('loss', 'error') # what strategies may need
@@ -218,6 +223,11 @@ def _check_supported(config:RunConfig):
         raise ValueError(f"config strategy: {config.strategy!r} ranks by {', '.join(missing)}, which a project does "
                          "not compute; take one that scores pairs")
 
+# %% ../../nbs/57_annotate.plan.ipynb #e9ca85f8
+def _by_rate(p, strategy)->bool: # does money go by score per price; where tasks have shares, these decide
+    choices = strategy.choices
+    return p.per_price and (choices is None or choices.shares in RANKED)
+
 # %% ../../nbs/57_annotate.plan.ipynb #d832be47
 ROUNDS = 10 # after which the noise of a draw is gone
 def pick(
@@ -238,7 +248,7 @@ def pick(
     else: strategy, context = strategy_of(p.config), Context(min(max(len(p.files.trained()) - 1, 0)/(ROUNDS - 1), 1.))
     if 'budget' in request:
         return spend(strategy, scores, pool, prices.in_pairs(), request['budget'], rng, context=context)
-    per_price = p.per_price and scores is not None
+    per_price = scores is not None and _by_rate(p, strategy)
     return spend(strategy, scores, pool, prices, request['money'], rng, per_price, context)
 
 # %% ../../nbs/57_annotate.plan.ipynb #062b490f
@@ -277,7 +287,6 @@ class BatchPurchase:
         self.kind, self.left = next(iter(request.items()))
         self.tariff = prices if self.kind == 'money' else prices.in_pairs()
         self.queries = [] # dictionaries: image, task, score, rank, price, why, …
-
 
 # %% ../../nbs/57_annotate.plan.ipynb #d6f01593
 class AskingPurchase(BatchPurchase):

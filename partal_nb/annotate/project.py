@@ -56,8 +56,8 @@ class ProjectPaths(RunFolder):
 
 # %% ../../nbs/86_annotate.project.ipynb #G8600003
 PLAIN = ('data', 'images', 'val', 'formats', 'per_hour', 'cooldown', 'val_share', 'min_gain', 'per_price',
-         'encodings', 'imports', 'removed') # as they are
-OPTIONAL = dict(encodings={}, imports=[], removed=[]) # not written where they are empty
+         'encodings', 'imports', 'removed', 'layout') # as they are
+OPTIONAL = dict(encodings={}, imports=[], removed=[], layout='') # not written where they are empty
 KEYS = ('version', *PLAIN, 'tasks', 'prices', 'config') # of project.json
 class ProjectFile(ProjectPaths):
     "What a labeling project is, read from its file"
@@ -120,10 +120,11 @@ class ProjectSettings:
     cooldown:int=2        # batches that a rejected pair is left alone
     val_share:float=.2    # of the labeled images, held out to evaluate on; 0 where there is a `val`
     min_gain:float=0.     # % of quality that a unit of money should bring; 0: a tenth of what it brought so far
-    per_price:bool=True   # money is spent by score per price rather than along the ranking
+    per_price:bool=True   # money goes by score per price, where tasks have no shares, rather than along the ranking
     encodings:dict=field(default_factory=dict) # task -> what is stated about the files that lie beside the images
     imports:tuple=()      # plug-ins, see `load_plugins`
     removed:tuple=()      # ids of images that are not asked or trained on any more
+    layout:str=''         # the known layout in which the images came, see `LAYOUTS`; '': a folder of one's own
 
     def __post_init__(self):
         for name in ('per_hour', 'min_gain'): check_from_0(name, getattr(self, name))
@@ -161,14 +162,13 @@ class ProjectLedger(ProjectSettings):
         there = f"its newest backup is {found[-1]}" if found else "there is no backup of it"
         return f"{there}; `partal restore --project {self.folder}` puts together what is there"
 
-
 # %% ../../nbs/86_annotate.project.ipynb #6f55e866
 @dataclass(frozen=True)
 class ProjectLabels(ProjectLedger):
     "Where the images and labels of a project are, and which are held out"
     def source(self): # a `Folder` or a `Dataset`
         "The images, and the labels beside them"
-        try: return open_images(self.data, self.tasks, self.encodings)
+        try: return open_images(self.data, self.tasks, self.encodings, self.layout)
         except FileNotFoundError as e:
             cure = f'where they were moved, `partal relocate FOLDER --project {self.folder}`'
             raise FileNotFoundError(f'{e}; {cure}') from e
@@ -189,7 +189,6 @@ class ProjectLabels(ProjectLedger):
         n, events = round(1/self.val_share), ledger.events()
         order = events.image[events.kind == 'told'].drop_duplicates().tolist()
         return np.isin(self.images, order[n//2::n])
-
 
 # %% ../../nbs/86_annotate.project.ipynb #2833ecb4
 @dataclass(frozen=True)
@@ -280,11 +279,11 @@ def _read_plan(file)->dict: # of a file of tasks
 
 # %% ../../nbs/86_annotate.project.ipynb #a4231698
 def _planned(data, tasks, folder:Path, say:Callable)->tuple: # the plan of a new project, its images
-    from partal_nb.data.prepare import left_out
+    from partal_nb.data.prepare import detect, left_out
     plan = _read_plan(tasks) if isinstance(tasks, (str, Path)) else priced(tuple(tasks or ()))
     source = open_images(data, plan['tasks'], plan.get('encodings', {}))
     for line in left_out(source, but=folder): say(line)
-    return plan if tasks else priced(tuple(source.tasks.values())), source
+    return plan if tasks else dict(priced(tuple(source.tasks.values())), layout=detect(source.path)), source
 
 # %% ../../nbs/86_annotate.project.ipynb #84cac934
 def _bought(run:RunFolder, p:Project, source)->set: # pairs that a run bought, of the tasks of a new project

@@ -10,10 +10,11 @@ from dataclasses import asdict, fields
 
 import numpy as np
 
+from ..core import derive_seed
 from ..config import ModelConfig, TrainConfig
 from ..data.dataset import has_label
 from .arrays import given_labels, kept_labels
-from .project import Project, changed_files
+from .project import Project, changed_files, take
 
 # %% ../../nbs/87a_annotate.replay.ipynb #8c9cb7ae
 def as_dataset(
@@ -27,13 +28,15 @@ def as_dataset(
         out = dict(zip(p.images, p.held_out(ledger).tolist()))
         name = f'{p.folder.resolve().name}-{ledger.last()}'
     source, read = p.source(), kept_labels(p, known)
-    given = given_labels(p, source)
-    have = [i for i in p.images if any(i in read[name] for name in p.names) and i not in (*away.aside, *p.removed)]
-    splits = dict(train=[i for i in have if not out[i]], test=[i for i in have if out[i]] + list(p.val))
+    given, absent = given_labels(p, source), {*away.aside, *p.removed}
+    have = [i for i in p.images if any(i in read[name] for name in p.names) and i not in absent]
+    val = [i for i in p.val if i not in absent]
+    splits = dict(train=[i for i in have if not out[i]], test=[i for i in have if out[i]] + val)
+    stamp = derive_seed(0, splits, take(p, source)) # of what the ledger does not know: images may be taken anew
     def sample(i):
         labels = {t: (read[t].get(i) or given[t].get(i)) for t in p.names}
         return dict(rgb=source.rgb(i), **{t: f() for t, f in labels.items() if f})
-    return write_dataset(p.folder/f'cache/{name}', name, p.tasks, splits, sample, progress=False)
+    return write_dataset(p.folder/f'cache/{name}-{stamp:016x}', name, p.tasks, splits, sample, progress=False)
 
 # %% ../../nbs/87a_annotate.replay.ipynb #ea9659ee
 PURCHASES = 2 # of a replay
