@@ -303,7 +303,7 @@ class Folder(_Listing):
         split, stem = image.split('_', 1) if '{split}' in pattern else ('', image)
         return inside(self.path, pattern.format(split=split, id=stem))
 
-    def has(self, image:str, task:str)->bool: return self.file(image, task).is_file() # is there a label, or `rgb`
+    def has(self, image:str, task:str)->bool: return image in self._files[task] # a file lost since is a fault of `label`
     def rgb(self, image:str)->np.ndarray: return read_rgb(self.file(image, 'rgb')) # (H, W, 3) uint8
 
     def label(self,
