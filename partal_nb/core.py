@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'COLOR_BLIND', 'TO_CONES', 'FROM_CONES', 'same_image', 'say_once', 'many', 'derive_seed', 'set_seed',
-           'pick_device', 'own_part', 'write_atomic', 'write_json', 'inside', 'ordinary', 'other_files', 'cache_dir',
+           'pick_device', 'part_beside', 'write_atomic', 'write_json', 'inside', 'ordinary', 'other_files', 'cache_dir',
            'check_from_0', 'origin', 'add_entry', 'oklab', 'as_seen', 'distinct_colors']
 
 # %% ../nbs/00_core.ipynb #c0000006
@@ -85,8 +85,8 @@ def pick_device(
     seen = f'{cards} GPU(s), the last is cuda:{cards - 1}'
     raise ValueError(f"device {name!r} asked for, but PyTorch sees {seen}; {cure}")
 
-# %% ../nbs/00_core.ipynb #35e54e8a
-def own_part(
+# %% ../nbs/00_core.ipynb #ff64c4f8
+def part_beside(
     path,            # what is made
     suffix='.part',  # of the name
 )->Path: # hidden, beside it
@@ -100,7 +100,7 @@ def write_atomic(
     data:bytes, # all of its content
 ):
     "Write `data` to `path` whole or not at all"
-    path, part = Path(path), own_part(path)
+    path, part = Path(path), part_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as f:

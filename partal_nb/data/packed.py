@@ -19,7 +19,7 @@ from typing import Iterator, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from ..core import inside, log, own_part, same_image, write_atomic
+from ..core import inside, log, part_beside, same_image, write_atomic
 from .pieces import Piece
 from .members import Listed
 from .dataset import Dataset
@@ -129,7 +129,7 @@ def _listed(folder:Path, layout:FolderLayout, found:list)->Listed: # (member, pi
         files.setdefault(m.kind, {})[same_image(m.image)] = piece
     return Listed(folder, files, {place.task.name: place.encoding for place in layout.places})
 
-# %% ../../nbs/18a_data.packed.ipynb #8c5b4018
+# %% ../../nbs/18a_data.packed.ipynb #e072ce2e
 @contextmanager
 def _held(stage:Path, wait:float=-1)->Iterator[Path]: # seconds; below 0: as long as it takes
     "A folder for a moment; its lock ends with its process, so that another one removes what was left"
@@ -140,14 +140,14 @@ def _held(stage:Path, wait:float=-1)->Iterator[Path]: # seconds; below 0: as lon
             shutil.rmtree(stage, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
-# %% ../../nbs/18a_data.packed.ipynb #dbc9a9d3
+# %% ../../nbs/18a_data.packed.ipynb #99bde5f7
 @contextmanager
 def _stage(out:Path)->Iterator[Path]:
     "A folder of one process beside `out`"
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f'.{escape(out.name)}.*.unpacked'): # of preparations that were interrupted
         with suppress(Timeout), _held(left, wait=0): pass
-    with _held(own_part(out, '.unpacked')) as stage: yield stage
+    with _held(part_beside(out, '.unpacked')) as stage: yield stage
 
 # %% ../../nbs/18a_data.packed.ipynb #256f56b5
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 
-from ..core import own_part
+from ..core import part_beside
 from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, transaction
 from ..tasks import Pair
 
@@ -352,7 +352,7 @@ class Ledger(LedgerStates):
         "Write a copy of the ledger, whole or not at all"
         path = Path(path)
         if path.exists(): raise FileExistsError(f"{path} is there already; choose another name for the backup")
-        part = own_part(path)
+        part = part_beside(path)
         part.unlink(missing_ok=True)
         copy = sqlite3.connect(part)
         try:
