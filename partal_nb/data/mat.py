@@ -159,7 +159,7 @@ def check_is_nyuv2(
         raise ValueError(f"{path}: this is not NYUv2's {NYU_MAT}: it has the variables {sorted(there)}, not {lacks}. "
                          "'From a MATLAB file' in the tutorial own_images makes a folder of a file of your own")
 
-# %% ../../nbs/16_data.mat.ipynb #843b4592
+# %% ../../nbs/16_data.mat.ipynb #68356adf
 def mat_files(
     path,         # the official file, or its folder
     mapping=None, # of `nyuv2_mat`, like the next
@@ -195,6 +195,13 @@ def nyuv2_mat(
         derived = ['normals'] if normals else []
         return write_dataset(out, 'NYUv2', tasks, split, sample, NYU_LICENSE, derived, progress)
 
+# %% ../../nbs/16_data.mat.ipynb #312fd038
+def _numbers_of_image(file:Path, task:str)->np.ndarray:
+    image = open_image(file, f'task {task}', is_label=True)
+    if file.suffix.lower() != '.png' or image.format == 'PNG': return np.array(image)
+    raise ValueError(f"{file} (task {task}): expected PNG, got {image.format or 'another format'} with that suffix, "
+                     "which may change numbers; take the original label, or save it anew as PNG")
+
 # %% ../../nbs/16_data.mat.ipynb #c0000092
 def read_raw(
     file:Path, # an image, an array, a MATLAB file
@@ -202,7 +209,7 @@ def read_raw(
     **how,     # of `numpy.load`
 )->Any: # an array; of a MATLAB file its variables
     "The numbers of a file, as they are stored"
-    if file.suffix not in ('.npy', '.mat'): return np.array(open_image(file, f'task {task}', is_label=True))
+    if file.suffix not in ('.npy', '.mat'): return _numbers_of_image(file, task)
     if not file.is_file(): raise FileNotFoundError(f"{file} (task {task}): no such file")
     try:
         if file.suffix == '.npy': return np.load(file, allow_pickle=False, **how)
