@@ -253,7 +253,7 @@ def _begun(path:Path)->tuple[str, dict]|None: # `PLAN` or `INDEX`, and its conte
         with suppress(FileNotFoundError, NotADirectoryError):
             return name, current_index(json.loads((path/name).read_bytes()))
 
-# %% ../../nbs/13_data.dataset.ipynb #eea76e61
+# %% ../../nbs/13_data.dataset.ipynb #9a144506
 def contents(
     path:Path, # folder, perhaps not there
 )->list[str]: # names, without the stamp and unfinished files
@@ -324,7 +324,7 @@ def refuse_faults(
     if not faults: return
     if len(faults) == 1: raise ValueError(faults[0])
     more = f'\n  and {len(faults) - most} more; `partal check` lists all' if len(faults) > most else ''
-    raise ValueError(f"{len(faults)} faults, nothing was prepared:\n  " + '\n  '.join(faults[:most]) + more)
+    raise ValueError(f"{len(faults)} faults, the data set is not finished:\n  " + '\n  '.join(faults[:most]) + more)
 
 # %% ../../nbs/13_data.dataset.ipynb #f7fc2cb1
 def _new_index(name:str, license:str, tasks:list, derived:Iterable[str], splits:dict, listed:Listed|None)->dict:
