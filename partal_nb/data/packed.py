@@ -48,7 +48,7 @@ def member(
     "Which image, which task"
     image, _, rest = PurePosixPath(name).name.partition('.')
     kind, _, suffix = rest.lower().rpartition('.')
-    return Member(str(PurePosixPath(name).with_name(image)), kind or 'rgb', f'.{suffix}')
+    return Member(same_image(str(PurePosixPath(name).with_name(image))), kind or 'rgb', f'.{suffix}')
 
 # %% ../../nbs/18a_data.packed.ipynb #c5b39e37
 def names_of(
@@ -126,10 +126,10 @@ def _find(path:Path, layout:FolderLayout)->tuple[Listed, list]: # and ids of the
 def _listed(folder:Path, layout:FolderLayout, found:list)->Listed: # (member, piece) of each file below the folder
     files = {}
     for m, piece in sorted(found, key=lambda pair: pair[0].image + pair[0].suffix): # as a folder lists them
-        files.setdefault(m.kind, {})[same_image(m.image)] = piece
+        files.setdefault(m.kind, {})[m.image] = piece
     return Listed(folder, files, {place.task.name: place.encoding for place in layout.places})
 
-# %% ../../nbs/18a_data.packed.ipynb #e072ce2e
+# %% ../../nbs/18a_data.packed.ipynb #52a33d87
 @contextmanager
 def _held(stage:Path, wait:float=-1)->Iterator[Path]: # seconds; below 0: as long as it takes
     "A folder for a moment; its lock ends with its process, so that another one removes what was left"
@@ -140,7 +140,7 @@ def _held(stage:Path, wait:float=-1)->Iterator[Path]: # seconds; below 0: as lon
             shutil.rmtree(stage, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
-# %% ../../nbs/18a_data.packed.ipynb #99bde5f7
+# %% ../../nbs/18a_data.packed.ipynb #ecbb1008
 @contextmanager
 def _stage(out:Path)->Iterator[Path]:
     "A folder of one process beside `out`"
@@ -204,6 +204,7 @@ def _checked(path:Path, table): # with `id`, text
         empty = table[name].isna() | (table[name] == '')
         if empty.any(): raise ValueError(f"{path}: row {int(empty.to_numpy().argmax())} has no {name}")
     ids = table.id.map(str) if 'id' in table else table.rgb.map(lambda p: Path(str(p)).stem)
+    ids = ids.map(same_image)
     wrong = [i for i in ids if '/' in i or i != i.strip('. ')]
     if wrong: raise ValueError(f"{path}: id {wrong[0]!r}: expected a name without /, and no space or dot at its ends")
     twice = ids[ids.duplicated()].tolist()
