@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'COLOR_BLIND', 'TO_CONES', 'FROM_CONES', 'same_image', 'say_once', 'many', 'derive_seed', 'set_seed',
-           'pick_device', 'write_atomic', 'write_json', 'inside', 'ordinary', 'other_files', 'cache_dir',
+           'pick_device', 'part_beside', 'write_atomic', 'write_json', 'inside', 'ordinary', 'other_files', 'cache_dir',
            'check_from_0', 'origin', 'add_entry', 'oklab', 'as_seen', 'distinct_colors']
 
 # %% ../nbs/00_core.ipynb #c0000006
@@ -85,14 +85,22 @@ def pick_device(
     seen = f'{cards} GPU(s), the last is cuda:{cards - 1}'
     raise ValueError(f"device {name!r} asked for, but PyTorch sees {seen}; {cure}")
 
+# %% ../nbs/00_core.ipynb #ff64c4f8
+def part_beside(
+    path,            # what is made
+    suffix='.part',  # of the name
+)->Path: # hidden, beside it
+    "A name that no other process has, also on a disk of several hosts"
+    path = Path(path)
+    return path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}{suffix}')
+
 # %% ../nbs/00_core.ipynb #1c0a8718
 def write_atomic(
     path,       # file to write; its folder is made
     data:bytes, # all of its content
 ):
     "Write `data` to `path` whole or not at all"
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.{socket.gethostname()}-{os.getpid()}.part') # a disk may have several hosts
+    path, part = Path(path), part_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as f:

@@ -27,7 +27,7 @@ class FileForm(str):
     def label_channels(self, channels:int)->int: return channels # C of a label; `channels` are the network's
     def names(self, task)->tuple: return ()                      # of the classes
     def complete(self, label, where='', slack=.5): return label  # (H, W, C) as read -> as it should be
-    def clip(self, label): return label                          # what a prediction may be, within what a file can hold
+    def clip(self, label, suffix): return label # what a prediction may be, within what a file of that suffix can hold
 
     def file(self, task)->dict: # suffix; value = scale·stored + offset where the file holds integers
         "How a label is written"
@@ -277,7 +277,7 @@ class Distance(Form):
         super().check_task(task)
 
     def file(self, task)->dict: return dict(suffix='.png', scale=.001, offset=0.)
-    def clip(self, label): return np.clip(label, 0, MOST_MM)
+    def clip(self, label, suffix): return np.clip(label, 0, MOST_MM if suffix == '.png' else None)
     def png_text(self, task)->str: return "16 bit gray, millimeters (meters = 0.001 v, up to 65.535 m); 0 is void"
     def place(self, y): return np.log(np.maximum(y, .1)/DEPTH_RANGE[0])/np.log(DEPTH_RANGE[1]/DEPTH_RANGE[0])
     def picture_range(self, span): return 0., 1.
@@ -309,8 +309,8 @@ def unit_or_void(
     void = length == 0
     bad = (~void & (abs(length - 1) > slack)).sum()
     if bad:
-        raise ValueError(f"{where or 'label'} (task normals): {bad} vectors are not of length 1 (or 0 for void); "
-                         "in a file n = v/127.5 - 1")
+        raise ValueError(f"{where or 'label'}: {bad} vectors are not of length 1 (or 0 for void); "
+                         "divide each by its length (in a PNG n = v/127.5 - 1)")
     return (n/np.where(void, 1, length)).astype(np.float32)
 
 # %% ../nbs/02_forms.ipynb #f45cc9d1
@@ -324,7 +324,7 @@ class Direction(Form):
 
     def stored(self, label, task)->np.ndarray:
         if task.channels != 3: return super().stored(label, task)
-        n = unit_or_void(label, slack=.01)
+        n = unit_or_void(label, f'label (task {task.name})', slack=.01)
         return np.where(n.any(2, keepdims=True), np.round((n + 1)*127.5), 0).astype(np.uint8)
 
     def png_text(self, task)->str:

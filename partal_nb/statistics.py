@@ -56,9 +56,11 @@ def seeds_needed(
 def sign_flip(
     d:np.ndarray, # (n,) differences
 )->float: # two-sided p
-    "The exact sign-flip test: how often random signs give a mean as far from 0"
+    "The sign-flip test: how often random signs give a mean as far from 0; exact up to 16 differences, else a sample"
     resamples = np.inf if len(d) <= 16 else 99_999
-    test = stats.permutation_test((d,), np.mean, permutation_type='samples', n_resamples=resamples)
+    same = np.random.default_rng(0) # the same differences give the same p
+    test = stats.permutation_test((d,), np.mean, permutation_type='samples', n_resamples=resamples,
+                                  random_state=same)
     return float(test.pvalue)
 
 # %% ../nbs/29_statistics.ipynb #182d4fa6

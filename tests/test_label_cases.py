@@ -255,7 +255,7 @@ def test_faults_are_listed_together_and_do_not_end_a_preparation(tmp_path):
     assert len(faults) == 6 and all(any(e in f for f in faults) for e in expected), faults
     for f in (folder/'depth/y.exr', folder/'rgb/more/a.png'): f.unlink()
     (folder/'rgb/more').rmdir()
-    with pytest.raises(ValueError, match='4 faults, nothing was prepared') as e:
+    with pytest.raises(ValueError, match='4 faults, the data set is not finished') as e:
         prepare(folder, tmp_path/'p', progress=False)
     assert all(text in str(e.value) for text in expected[:4])
 

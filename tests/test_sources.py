@@ -29,7 +29,7 @@ from partal_nb.data.arrays import load_arrays, unit_rgb
 from partal_nb.data.derive import edges_from_ids, normals_from_depth
 from partal_nb.data.mat import INDOOR, NYU40, NYU_MAT, merged_parts
 from partal_nb.data.folders import FOLDER_LAYOUTS, Folder, read_folder
-from partal_nb.data.prepare import check, detect, open_data, open_source
+from partal_nb.data.prepare import check, detect, open_data, open_source, prepare
 from partal_nb.data.walks import prepare_rooms
 from partal_nb.training.augment import Moves, augment, move
 from partal_nb.training.trainer import train_step
@@ -350,6 +350,12 @@ def test_where_the_files_beside_the_official_one_lie_can_be_said_on_the_command_
     assert dataset.splits == dict(train=['0001', '0003'], test=['0002'])
     for i, room in enumerate(ROOMS.values(), 1):
         assert np.array_equal(dataset.label(f'{i:04}', 'semseg')[..., 0], room['semseg'])
+    file = ['prepare', str(tmp_path/'official'/NYU_MAT), str(tmp_path/'of the file'), mapping, splits]
+    assert CliRunner().invoke(app, file).exit_code == 0
+    save(tmp_path/'elsewhere/40.mat', dict(mapClass=np.full((1, 40), 3)))
+    for again in ([*prepare, mapping, splits], file):
+        refused = CliRunner().invoke(app, again)
+        assert refused.exit_code and 'that have changed since' in ' '.join(refused.output.split())
 
 def spoil(file): # what the cache looks at stays: size and time
     time = file.stat().st_mtime_ns
@@ -426,6 +432,31 @@ def test_interrupted_while_preparing_then_resumed(tmp_path):
     resumed = rooms(tmp_path/'killed', n_train=200, n_test=1)
     assert all(f.stat().st_mtime_ns == t for f, t in done.items())
     assert resumed.fingerprint == rooms(tmp_path/'straight', n_train=200, n_test=1).fingerprint
+
+KILLED = '''
+import os, sys
+from partal_nb.data import dataset
+from partal_nb.data.prepare import prepare
+whole, left = dataset.png_bytes, iter((True, False))
+def png_bytes(a): return whole(a) if next(left) else os._exit(9)
+dataset.png_bytes = png_bytes
+prepare(*sys.argv[1:], progress=False)
+'''
+@pytest.mark.parametrize('mended', [False, True])
+def test_a_folder_that_is_mended_after_an_interruption(tmp_path, mended):
+    "What was written is kept, or, from other files, written again"
+    folder, out = tmp_path/'mine', tmp_path/'out'
+    for i in 'ab':
+        save(folder/f'rgb/{i}.png', ROOMS['a1']['rgb'])
+        save(folder/f'depth/{i}.png', np.full((24, 32), 2000, np.uint16))
+    (folder/'tasks.json').write_text('[{"name": "depth"}]')
+    assert subprocess.run([sys.executable, '-c', KILLED, folder, out]).returncode == 9
+    first = (out/'rgb/a.png').stat().st_mtime_ns
+    if mended: save(folder/'depth/a.png', np.full((24, 32), 7000, np.uint16))
+    dataset = prepare(folder, out, progress=False)
+    assert [dataset.label(i, 'depth').max().round() for i in 'ab'] == [7 if mended else 2, 2]
+    assert ((out/'rgb/a.png').stat().st_mtime_ns != first) == mended
+    assert check(out, progress=False).faults == []
 
 def test_two_processes_at_once(tmp_path):
     both = [start(tmp_path/'shared', 12) for _ in range(2)]

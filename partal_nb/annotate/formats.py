@@ -41,7 +41,7 @@ def write_folder(
     "A folder of files, with the network's guess in `guess/`; labels go to `labels/`"
     def keep(q):
         if q.guess is None: return
-        guess = task.form.clip(q.guess)
+        guess = task.form.clip(q.guess, suffix)
         write_atomic(inside(Path(folder)/'guess', f'{q.image}{suffix}'), encode(guess, task))
     (Path(folder)/'labels').mkdir(parents=True, exist_ok=True)
     how = f"Put labels into labels/, as <image>{suffix}: {facts['text']}."

@@ -22,7 +22,7 @@ from PIL import Image
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..core import cache_dir
+from ..core import cache_dir, part_beside
 from ..forms import Direction, ReadForm
 from ..tasks import Task
 from .dataset import Dataset, file_names, images_of
@@ -90,7 +90,7 @@ def write_npy(
     dtype,                      # of NumPy
 ):
     "Write an array row by row, so that it never lies in memory as a whole"
-    part = file.with_name(f'.{file.name}.{os.getpid()}.part')
+    part = part_beside(file)
     part.parent.mkdir(parents=True, exist_ok=True)
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     try:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'PLAN', 'SOURCE', 'INDEX_VERSION', 'INDEX_KEYS', 'IN_PLACE', 'VERSION_1_KEYS', 'FILE_KEYS', 'SUFFIXES',
-           'current_index', 'version_1_index', 'fingerprint', 'file_names', 'Dataset', 'images_of', 'write_dataset',
-           'refuse_faults', 'all_of', 'has_label', 'strangers', 'verify']
+           'current_index', 'version_1_index', 'fingerprint', 'file_names', 'Dataset', 'images_of', 'contents',
+           'write_dataset', 'refuse_faults', 'all_of', 'has_label', 'strangers', 'verify']
 
 # %% ../../nbs/13_data.dataset.ipynb #c000006a
 import hashlib
@@ -253,10 +253,17 @@ def _begun(path:Path)->tuple[str, dict]|None: # `PLAN` or `INDEX`, and its conte
         with suppress(FileNotFoundError, NotADirectoryError):
             return name, current_index(json.loads((path/name).read_bytes()))
 
+# %% ../../nbs/13_data.dataset.ipynb #9a144506
+def contents(
+    path:Path, # folder, perhaps not there
+)->list[str]: # names, without the stamp and unfinished files
+    "What lies in a folder to prepare into; empty: a new data set can begin there"
+    files = path.iterdir() if path.is_dir() else ()
+    return sorted(p.name for p in files if p.suffix != '.part' and p.name != SOURCE)
+
 # %% ../../nbs/13_data.dataset.ipynb #c0000067
 def _is_finished(path:Path, index:dict)->bool:
-    files = path.iterdir() if path.is_dir() else () # listed before `_begun`: another process may begin in between
-    found = sorted(p.name for p in files if p.suffix != '.part' and p.name != SOURCE)
+    found = contents(path) # before `_begun`: another process may begin in between
     begun = _begun(path)
     if begun is None:
         if found: raise FileExistsError(f"{path} is not empty ({found[:8]}); give a new folder to prepare into")
@@ -317,7 +324,7 @@ def refuse_faults(
     if not faults: return
     if len(faults) == 1: raise ValueError(faults[0])
     more = f'\n  and {len(faults) - most} more; `partal check` lists all' if len(faults) > most else ''
-    raise ValueError(f"{len(faults)} faults, nothing was prepared:\n  " + '\n  '.join(faults[:most]) + more)
+    raise ValueError(f"{len(faults)} faults, the data set is not finished:\n  " + '\n  '.join(faults[:most]) + more)
 
 # %% ../../nbs/13_data.dataset.ipynb #f7fc2cb1
 def _new_index(name:str, license:str, tasks:list, derived:Iterable[str], splits:dict, listed:Listed|None)->dict:

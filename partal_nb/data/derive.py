@@ -164,6 +164,11 @@ class Derivation(NamedTuple):
     better_with:tuple=()     # names of tasks whose labels `compute` takes, too, where there are any
     implausible:Callable|None=None # (label as it came, the new label) → why the first can hardly be true
 
+    def of(self, label:np.ndarray, task:Task, **more)->np.ndarray: # a label of the source, and what `better_with` names
+        "The new label; `compute` knows the usual void, 255 of classes"
+        if task.form.discrete: label = np.where(label == task.ignore, 255, label).astype(label.dtype)
+        return self.compute(label, **more)
+
 # %% ../../nbs/15_data.derive.ipynb #c0000078
 PERSON = Task('person', 'yes_no', 1, 'balanced_bce', 'max_iou', cmap='gray')
 DERIVATIONS = dict(

@@ -8,6 +8,7 @@ __all__ = ['NEEDED', 'NUMBER_KEYS', 'PROJECT_KEYS', 'ENTRY_KEYS', 'split_entry',
 # %% ../../nbs/03a_data.entries.ipynb #be3f1b6e
 from dataclasses import fields
 
+from ..forms import FORMS, Values
 from ..tasks import STANDARD_TASKS, Encoding, Task, semseg_task, standard_task, task_from_dict
 
 # %% ../../nbs/03a_data.entries.ipynb #e901e63b
@@ -16,13 +17,19 @@ NUMBER_KEYS = tuple(f.name for f in fields(Encoding))[:-1] # of an `Encoding` th
 PROJECT_KEYS = 'free_with', 'format' # that only a labeling project reads
 ENTRY_KEYS = (*[f.name for f in fields(Task)], *NUMBER_KEYS, *PROJECT_KEYS) # in old files `kind` is `form`
 
+# %% ../../nbs/03a_data.entries.ipynb #5dfe6266
+def _void_is_a_default(d:dict)->bool: # of values, among which 255 may be
+    if 'form' not in d and 'kind' not in d: d = STANDARD_TASKS.get(str(d.get('name')), {}) | d
+    form = d.get('form', d.get('kind'))
+    return 'ignore' not in d and (form == 'regression' or isinstance(FORMS.get(str(form)), Values))
+
 # %% ../../nbs/03a_data.entries.ipynb #3ed847d5
 def split_entry(
     d:dict, # an entry of `tasks.json`
 )->tuple[dict, dict]: # the fields of the task, and those of its `Encoding`
     "What an entry says of the task, and of its files"
     how = {k: v for k, v in d.items() if k in NUMBER_KEYS}
-    if d.get('form', d.get('kind')) in ('values', 'regression') and 'ignore' not in d: how['own_void'] = False
+    if _void_is_a_default(d): how['own_void'] = False
     return {k: v for k, v in d.items() if k not in (*NUMBER_KEYS, *PROJECT_KEYS)}, how
 
 # %% ../../nbs/03a_data.entries.ipynb #67bff76c

@@ -303,7 +303,7 @@ class Folder(_Listing):
         split, stem = image.split('_', 1) if '{split}' in pattern else ('', image)
         return inside(self.path, pattern.format(split=split, id=stem))
 
-    def has(self, image:str, task:str)->bool: return self.file(image, task).is_file() # is there a label, or `rgb`
+    def has(self, image:str, task:str)->bool: return image in self._files[task] # one lost since is a fault
     def rgb(self, image:str)->np.ndarray: return read_rgb(self.file(image, 'rgb')) # (H, W, 3) uint8
 
     def label(self,
@@ -339,8 +339,8 @@ def derived(
 )->np.ndarray: # (H, W) or (H, W, C)
     "A label that follows from others of the image"
     d = DERIVATIONS[task]
-    more = [name for name in d.better_with if name in folder.tasks and folder.has(image, name)]
-    return d.compute(folder.label(image, d.source), **{name: folder.label(image, name) for name in more})
+    more = {n: folder.label(image, n) for n in d.better_with if n in folder.tasks and folder.has(image, n)}
+    return d.of(folder.label(image, d.source), folder.tasks[d.source], **more)
 
 # %% ../../nbs/18_data.folders.ipynb #a1dcad02
 def _implausible_beside(folder:Folder, image:str, task:str, label:np.ndarray)->str: # '' or why it can hardly be true

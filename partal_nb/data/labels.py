@@ -191,7 +191,7 @@ def read_label(
     "What `encode_label` wrote, checked"
     stored = _read_array(path, task) if Path(path).suffix == '.npy' else _read_image(path, task)
     label = check_label(task.form.of_stored(stored, task, scale, offset), task, path)
-    return task.form.complete(label.astype(task.form.dtype), path)
+    return task.form.complete(label.astype(task.form.dtype), f'{path} (task {task.name})')
 
 # %% ../../nbs/12_data.labels.ipynb #b4e1e4ef
 LABEL_FILES = '.png', '.npy' # nothing is lost in them
@@ -364,7 +364,7 @@ def check_sense(
     label = check_label(np.atleast_3d(label), task, where).astype(task.form.dtype)
     valid = (label != task.ignore).any(2)
     if not valid.any(): refuse("all of it is void; label something, or reject the image with a reason")
-    label = task.form.complete(label, where, slack)
+    label = task.form.complete(label, f'{where} (task {task.name})', slack)
     why = (implausible(label) if implausible else '') or task.form.implausible(label, valid)
     if why: refuse(why)
     return label

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NYU40', 'NYU_TASKS', 'NYU_LICENSE', 'NYU_MAT', 'MAT_KEYS', 'COMPANIONS', 'PART_OF', 'VOC_PERSON', 'INDOOR', 'DEPTH',
            'NORMALS', 'check_bytes', 'classes_from_one', 'mat_errors', 'mat_problem', 'mat_variables', 'check_is_nyuv2',
-           'nyuv2_mat', 'read_raw', 'people_or_void', 'merged_parts', 'context_edges', 'classes_or_void', 'meters',
-           'unit_vectors', 'toward_viewer', 'y_turned', 'above_half', 'agreed', 'indoor_normals']
+           'mat_files', 'nyuv2_mat', 'read_raw', 'people_or_void', 'merged_parts', 'context_edges', 'classes_or_void',
+           'meters', 'unit_vectors', 'toward_viewer', 'y_turned', 'above_half', 'agreed', 'indoor_normals']
 
 # %% ../../nbs/16_data.mat.ipynb #c0000082
 import zlib
@@ -159,6 +159,17 @@ def check_is_nyuv2(
         raise ValueError(f"{path}: this is not NYUv2's {NYU_MAT}: it has the variables {sorted(there)}, not {lacks}. "
                          "'From a MATLAB file' in the tutorial own_images makes a folder of a file of your own")
 
+# %% ../../nbs/16_data.mat.ipynb #68356adf
+def mat_files(
+    path,         # the official file, or its folder
+    mapping=None, # of `nyuv2_mat`, like the next
+    splits=None,
+)->list[Path]: # the official file, the mapping, the splits
+    "What NYUv2 is read from"
+    path = Path(path)/NYU_MAT if Path(path).is_dir() else Path(path)
+    usual = [path.with_name(name) for name in COMPANIONS]
+    return [path, *[Path(given or beside) for given, beside in zip((mapping, splits), usual)]]
+
 # %% ../../nbs/16_data.mat.ipynb #a8f981a7
 def nyuv2_mat(
     path,               # the official file, or its folder
@@ -169,10 +180,9 @@ def nyuv2_mat(
     normals:bool=True,  # derive them from depth
 )->Dataset:
     "NYUv2 from its official file"
-    path = Path(path)/NYU_MAT if Path(path).is_dir() else Path(path)
+    path, *beside = mat_files(path, mapping, splits)
     check_is_nyuv2(path)
-    [to40] = _read_companion(mapping or path.parent/'classMapping40.mat', 'classMapping40.mat')
-    train, test = _read_companion(splits or path.parent/'splits.mat', 'splits.mat')
+    [to40], [train, test] = map(_read_companion, beside, COMPANIONS)
     tasks = NYU_TASKS[:3 if normals else 2]
     def ids(numbers): return [f'{n:04d}' for n in sorted(numbers)]
     split = dict(train=ids(train), test=ids(test))
@@ -185,6 +195,13 @@ def nyuv2_mat(
         derived = ['normals'] if normals else []
         return write_dataset(out, 'NYUv2', tasks, split, sample, NYU_LICENSE, derived, progress)
 
+# %% ../../nbs/16_data.mat.ipynb #312fd038
+def _numbers_of_image(file:Path, task:str)->np.ndarray:
+    image = open_image(file, f'task {task}', is_label=True)
+    if file.suffix.lower() != '.png' or image.format == 'PNG': return np.array(image)
+    raise ValueError(f"{file} (task {task}): expected PNG, got {image.format or 'another format'} with that suffix, "
+                     "which may change numbers; take the original label, or save it anew as PNG")
+
 # %% ../../nbs/16_data.mat.ipynb #c0000092
 def read_raw(
     file:Path, # an image, an array, a MATLAB file
@@ -192,7 +209,7 @@ def read_raw(
     **how,     # of `numpy.load`
 )->Any: # an array; of a MATLAB file its variables
     "The numbers of a file, as they are stored"
-    if file.suffix not in ('.npy', '.mat'): return np.array(open_image(file, f'task {task}', is_label=True))
+    if file.suffix not in ('.npy', '.mat'): return _numbers_of_image(file, task)
     if not file.is_file(): raise FileNotFoundError(f"{file} (task {task}): no such file")
     try:
         if file.suffix == '.npy': return np.load(file, allow_pickle=False, **how)

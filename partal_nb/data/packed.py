@@ -12,11 +12,14 @@ import shutil
 import tarfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Iterator, NamedTuple
 
-from ..core import inside, log, same_image, write_atomic
+from filelock import FileLock, Timeout
+
+from ..core import inside, log, part_beside, same_image, write_atomic
 from .pieces import Piece
 from .members import Listed
 from .dataset import Dataset
@@ -45,7 +48,7 @@ def member(
     "Which image, which task"
     image, _, rest = PurePosixPath(name).name.partition('.')
     kind, _, suffix = rest.lower().rpartition('.')
-    return Member(str(PurePosixPath(name).with_name(image)), kind or 'rgb', f'.{suffix}')
+    return Member(same_image(str(PurePosixPath(name).with_name(image))), kind or 'rgb', f'.{suffix}')
 
 # %% ../../nbs/18a_data.packed.ipynb #c5b39e37
 def names_of(
@@ -123,23 +126,42 @@ def _find(path:Path, layout:FolderLayout)->tuple[Listed, list]: # and ids of the
 def _listed(folder:Path, layout:FolderLayout, found:list)->Listed: # (member, piece) of each file below the folder
     files = {}
     for m, piece in sorted(found, key=lambda pair: pair[0].image + pair[0].suffix): # as a folder lists them
-        files.setdefault(m.kind, {})[same_image(m.image)] = piece
+        files.setdefault(m.kind, {})[m.image] = piece
     return Listed(folder, files, {place.task.name: place.encoding for place in layout.places})
+
+# %% ../../nbs/18a_data.packed.ipynb #52a33d87
+@contextmanager
+def _held(stage:Path, wait:float=-1)->Iterator[Path]: # seconds; below 0: as long as it takes
+    "A folder for a moment; its lock ends with its process, so that another one removes what was left"
+    lock = Path(f'{stage}.lock')
+    with FileLock(lock, timeout=wait):
+        try: yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+# %% ../../nbs/18a_data.packed.ipynb #ecbb1008
+@contextmanager
+def _stage(out:Path)->Iterator[Path]:
+    "A folder of one process beside `out`"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f'.{escape(out.name)}.*.unpacked'): # of preparations that were interrupted
+        with suppress(Timeout), _held(left, wait=0): pass
+    with _held(part_beside(out, '.unpacked')) as stage: yield stage
 
 # %% ../../nbs/18a_data.packed.ipynb #256f56b5
 @contextmanager
 def _laid_out(path:Path, out, beside:Path)->Iterator[tuple[Path, FolderLayout]]: # beside: with the file of tasks
     "A folder of one's own for a moment; errors name what was packed"
-    stage = Path(out).with_name(f'.{Path(out).name}.unpacked')
-    folder, tasks = stage/path.stem, tasks_file(beside)
-    shutil.rmtree(stage, ignore_errors=True) # of a preparation that was interrupted
+    tasks = tasks_file(beside)
     if tasks is None: raise FileNotFoundError(f"{beside}: no tasks.toml; it lists the tasks, each at least a name")
-    write_atomic(folder/tasks.name, tasks.read_bytes())
-    (folder/'rgb').mkdir()
-    try: yield folder, own_layout(folder)
-    except (ValueError, FileNotFoundError) as e:
-        raise type(e)(str(e).replace(f'{folder}/', f'{path}: ').replace(str(folder), str(path))) from e
-    finally: shutil.rmtree(stage, ignore_errors=True)
+    with _stage(Path(out)) as stage:
+        folder = stage/path.stem
+        write_atomic(folder/tasks.name, tasks.read_bytes())
+        (folder/'rgb').mkdir()
+        try: yield folder, own_layout(folder)
+        except (ValueError, FileNotFoundError) as e:
+            raise type(e)(str(e).replace(f'{folder}/', f'{path}: ').replace(str(folder), str(path))) from e
 
 # %% ../../nbs/18a_data.packed.ipynb #93b3d1dc
 def _write_lists(path:Path, folder:Path, ids:list, test:list): # ids: of all images
@@ -182,6 +204,7 @@ def _checked(path:Path, table): # with `id`, text
         empty = table[name].isna() | (table[name] == '')
         if empty.any(): raise ValueError(f"{path}: row {int(empty.to_numpy().argmax())} has no {name}")
     ids = table.id.map(str) if 'id' in table else table.rgb.map(lambda p: Path(str(p)).stem)
+    ids = ids.map(same_image)
     wrong = [i for i in ids if '/' in i or i != i.strip('. ')]
     if wrong: raise ValueError(f"{path}: id {wrong[0]!r}: expected a name without /, and no space or dot at its ends")
     twice = ids[ids.duplicated()].tolist()

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from ..core import add_entry, cache_dir, inside, many, other_files, write_atomic
 from ..tasks import Encoding, Task, task_to_version_1
 from .rooms import ROOM_TASKS
-from .dataset import INDEX, PLAN, SOURCE, Dataset, all_of, images_of, strangers, verify
-from .mat import NYU_MAT, nyuv2_mat
+from .dataset import INDEX, PLAN, SOURCE, Dataset, all_of, contents, images_of, strangers, verify
+from .mat import NYU_MAT, mat_files, nyuv2_mat
 from .walks import prepare_walk
 from .derive import DERIVATIONS, convention_note
 from .packed import packed_files, read_table, read_tars, tar_shards
@@ -140,7 +140,7 @@ def prepare(
                          "place, and as they are, nothing derived or resized; prepare it without --in-place")
     path, out = Path(path), Path(out)
     if layout == 'dataset': return LAYOUTS[layout].prepare(path, out, progress)
-    with _stamped(path, out, layout):
+    with _stamped(path, out, _stamp(path, layout, **options)):
         return LAYOUTS[layout].prepare(path, out, progress=progress, **options)
 
 # %% ../../nbs/19_data.prepare.ipynb #e5a65081
@@ -149,9 +149,9 @@ def _source_files(source)->list[Path]: # images and labels, whether they are the
     return [source.file(i, t) for i in images_of(source.splits) for t in names]
 
 # %% ../../nbs/19_data.prepare.ipynb #f7eae470
-def _stamp(path:Path, layout:str)->str: # changes with the place, the tasks, the splits and the files
+def _stamp(path:Path, layout:str, mapping=None, splits=None, **_)->str: # of the place, the tasks, splits and files
     content = [str(path.resolve())]
-    files = [path, *path.glob('*.mat')]
+    files = {*path.glob('*.mat'), *mat_files(path, mapping, splits)}
     if layout in ('tars', 'table'): files = packed_files(path)
     elif layout not in ('own', 'nyuv2_mat', *FOLDER_LAYOUTS): files = [path, *path.rglob('*')]
     elif layout != 'nyuv2_mat':
@@ -176,16 +176,20 @@ def _start_over(path:Path, out:Path):
 
 # %% ../../nbs/19_data.prepare.ipynb #c000009b
 @contextmanager
-def _stamped(path:Path, out:Path, layout:str):
+def _stamped(path:Path, out:Path, now:str):
     "Refuse to resume what was begun from other files, or to return it as made from these"
-    now = _stamp(path, layout)
     file = out/SOURCE
     def begun(): return (out/PLAN).exists() or (out/INDEX).exists()
     def same(): return file.exists() and file.read_text('utf-8') == now
-    if begun() and file.exists() and not same(): _start_over(path, out)
+    unknown = (out/PLAN).exists() or file.exists() # a finished one without a stamp is of a version before
+    if begun() and unknown and not same(): _start_over(path, out)
+    if not contents(out): write_atomic(file, now.encode()) # before a plan: an interruption leaves both
     try: yield
     finally:
-        if begun() and not same(): write_atomic(file, now.encode())
+        if not begun(): # it was refused
+            file.unlink(missing_ok=True)
+            with suppress(OSError): out.rmdir() # if it is empty
+        elif not same(): write_atomic(file, now.encode())
 
 # %% ../../nbs/19_data.prepare.ipynb #fabd402d
 _RENDERER = partal_nb.data.rays, partal_nb.data.furniture, partal_nb.data.rooms, partal_nb.data.walks

@@ -232,7 +232,7 @@ def verdict_table(
         'against': tests.b,
         'better by [95 %]': gaps,
         'p (t)': tests.p_t,
-        'p (exact)': tests.p_flip,
+        'p (flips)': tests.p_flip,
         'seeds': tests.seeds,
         'seeds needed': tests.seeds_needed.map(seed_count),
         'verdict': tests.verdict})

@@ -9,7 +9,7 @@ __all__ = ['LedgerEvents', 'LedgerChecks', 'LedgerReveal', 'Entry', 'LedgerAsk',
 
 # %% ../../nbs/60_runs.ledger.ipynb #c0000131
 import operator
-import os
+
 import sqlite3
 from contextlib import closing
 from datetime import datetime, timezone
@@ -18,6 +18,7 @@ from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 
+from ..core import part_beside
 from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, transaction
 from ..tasks import Pair
 
@@ -138,7 +139,6 @@ class LedgerFacts(LedgerAsk):
         if not self._has_facts(): return found
         sql = f'SELECT {columns} FROM amended WHERE event = ? ORDER BY id'
         return found + self.db.execute(sql, (event,)).fetchall()
-
 
 # %% ../../nbs/60_runs.ledger.ipynb #4a3782d4
 class LedgerRetold(LedgerFacts):
@@ -268,7 +268,6 @@ class LedgerTotals(LedgerLabels):
         names = (t.name for t in self.tasks)
         return dict(zip(names, self.labeled(r).sum(0).tolist()))
 
-
 # %% ../../nbs/60_runs.ledger.ipynb #4711a7a9
 class LedgerTable(LedgerTotals):
     "The list of all events, and of all corrections"
@@ -353,7 +352,7 @@ class Ledger(LedgerStates):
         "Write a copy of the ledger, whole or not at all"
         path = Path(path)
         if path.exists(): raise FileExistsError(f"{path} is there already; choose another name for the backup")
-        part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+        part = part_beside(path)
         part.unlink(missing_ok=True)
         copy = sqlite3.connect(part)
         try:
