@@ -318,7 +318,8 @@ def compared_cells(
     how = estimator if estimator in there else there[0]
     view = entropy_view(other, image, r, T, how, truth=True)
     view = replace(view, spans=run.entropy_spans(estimator), values=run.value_spans())
-    return {c.title.partition(':')[0]: c for t in run.tasks for c in task_cells(view, t)}
+    both = [t for t in run.tasks if t in other.tasks]
+    return {c.title.partition(':')[0]: c for t in both for c in task_cells(view, t)}
 
 # %% ../../nbs/93_explore.entropy.ipynb #1fdc00d7
 class EntropyDisplay(w.VBox):
