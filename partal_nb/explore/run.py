@@ -123,11 +123,7 @@ class RunNetworks(RunLabels):
     "The networks of each round, and how they see the images of the pool"
     def estimators(self, r:int)->list[str]: # names in `uncertainty.passes.ESTIMATORS`
         "The estimators that a round has the networks for, the run's own first if it is one of them"
-        own = self.config.estimator
-        complete = all(path.is_file() for path in self.folder.others(r))
-        found = [own] if complete else []
-        if self.config.dropout > 0: found.append('masksembles' if own == 'masksembles' else 'mc_dropout')
-        return list(dict.fromkeys([*found, 'inconsistency']))
+        return self.folder.estimators(r)
 
     @kept(8)
     def networks(self, r:int)->list: # of `PADNet`s in evaluation mode
