@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS_FILE', 'NO_TASKS', 'DEFAULTS', 'ONLY_RUNS', 'SUPPORTED', 'NOT_COMPUTED', 'START_BY', 'ROUNDS', 'START',
            'read_plain', 'read_tasks', 'priced', 'open_images', 'held_out_images', 'prices_now', 'project_config',
-           'pick', 'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest', 'start_pool', 'StartedPurchase',
-           'WholePurchase']
+           'asking_context', 'pick', 'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest', 'start_pool',
+           'StartedPurchase', 'WholePurchase']
 
 # %% ../../nbs/57_annotate.plan.ipynb #3f3ba555
 import json
@@ -218,8 +218,16 @@ def _check_supported(config:RunConfig):
         raise ValueError(f"config strategy: {config.strategy!r} ranks by {', '.join(missing)}, which a project does "
                          "not compute; take one that scores pairs")
 
-# %% ../../nbs/57_annotate.plan.ipynb #d832be47
+# %% ../../nbs/57_annotate.plan.ipynb #56b157f6
 ROUNDS = 10 # after which the noise of a draw is gone
+
+def asking_context(
+    networks:int, # how many a project has trained
+)->Context:
+    "How far a project is"
+    return Context(min(max(networks - 1, 0)/(ROUNDS - 1), 1.))
+
+# %% ../../nbs/57_annotate.plan.ipynb #d832be47
 def pick(
     p,                   # a `Project`
     pool:Pool,           # as it is now
@@ -235,7 +243,7 @@ def pick(
                if out else "every pair is labeled")
         raise ValueError(f"nothing is left to ask: {why}")
     if scores is None: strategy, context = 'random', Context()
-    else: strategy, context = strategy_of(p.config), Context(min(max(len(p.files.trained()) - 1, 0)/(ROUNDS - 1), 1.))
+    else: strategy, context = strategy_of(p.config), asking_context(len(p.files.trained()))
     if 'budget' in request:
         return spend(strategy, scores, pool, prices.in_pairs(), request['budget'], rng, context=context)
     per_price = p.per_price and scores is not None
@@ -277,7 +285,6 @@ class BatchPurchase:
         self.kind, self.left = next(iter(request.items()))
         self.tariff = prices if self.kind == 'money' else prices.in_pairs()
         self.queries = [] # dictionaries: image, task, score, rank, price, why, …
-
 
 # %% ../../nbs/57_annotate.plan.ipynb #d6f01593
 class AskingPurchase(BatchPurchase):

@@ -152,9 +152,11 @@ class BudgetControls(w.HBox):
         self.unit = control(w.Dropdown, 'budget in', 220, 90, options=[(in_pairs, True), (self.own.unit, False)],
                             value=not c.step_money)
         step = float(c.step_money or c.step_pairs)
-        self.budget = control(w.FloatSlider, 'budget', 370, 70, value=step, min=1 + step % 1, max=4*step, step=1,
-                              continuous_update=False)
+        grain = min(step, 1.)
+        self.budget = control(w.FloatSlider, 'budget', 370, 70, value=step, min=grain + step % grain, max=4*step,
+                              step=grain, continuous_update=False)
         self.by_price = tick('rank by score per price')
+        self.by_price.value = run.per_price()
         self.prices = price_sliders(self.own)
         self.unit.observe(self._convert, 'value')
         self._switch()
