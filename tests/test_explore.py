@@ -621,6 +621,13 @@ def test_every_width_and_both_themes(page, opened, whole_app, tmp_path):
             least = .3 if view == 'pool' and wide > 1200 else .6 # there the map is beside the thumbnails
             until(page, lambda: least*wide < drawn() <= wide)
             until(page, lambda: page.evaluate('document.scrollingElement.scrollWidth') <= wide)
+            if view == 'image' and wide < 600: # where most controls are folded away
+                last = page.get_by_text('enlarge', exact=True)
+                assert last.is_hidden()
+                tick(page, 'all controls')
+                until(page, last.is_visible)
+                page.screenshot(path=folder/'image-390-all.png')
+                tick(page, 'all controls')
             paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
             for theme, color in dict(dark='#111', light='#fff').items():
                 page.emulate_media(color_scheme=theme)

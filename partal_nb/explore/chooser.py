@@ -30,7 +30,7 @@ from ..annotate.project import Project, ProjectFolder, open_project
 from ..annotate.plan import asking_context
 from ..annotate.ask import load_labels
 from .run import RunView, open_run_view
-from .widgets import Address, Progress, as_text, choose, control, line, sentence
+from .widgets import Address, Progress, as_text, choose, control, line, sentence, tick
 from .pool import PoolExplorer
 from .entropy import EntropyExplorer
 from .selection import SelectionExplorer
@@ -282,6 +282,8 @@ body[data-voila] .jp-RenderedMarkdown blockquote { border: 0; padding: 0; margin
   body[data-voila] :is(.widget-slider, .widget-text) { width: calc(100% - 92px) !important }
   body[data-voila] :is(.widget-dropdown, .widget-slider, .widget-text) > .widget-label { width: 116px !important }
   body[data-voila] .widget-toggle-button { width: auto; padding: 0 10px }
+  body[data-voila] .partal-asks { display: flex !important }
+  body[data-voila]:not(:has(.partal-asks input:checked)) .partal-more { display: none }
 }
 </style>""" # an app's theme is the system's; JupyterLab has its own
 
@@ -295,9 +297,11 @@ class RunEntry(w.VBox):
         self.data = control(w.Text, 'data', 640, 40, placeholder='where the data set is now')
         self.enter = w.Button(description='open', layout=w.Layout(width='80px'))
         self.make = w.Button(description='make the demo run', icon='play', layout=w.Layout(width='180px'))
+        self.asks = tick('all controls', 140).add_class('partal-asks') # seen on a phone, see `APP_STYLE`
+        self.asks.layout.display = 'none'
         self.message, self.progress = w.HTML(), Progress()
         self.body, self.address = w.VBox(), Address() # the explorer, and what is chosen in it
-        head = line(self.path, self.enter, self.data, self.make)
+        head = line(self.path, self.enter, self.data, self.make, self.asks)
         super().__init__([w.HTML(APP_STYLE), self.address, head, self.message, self.progress, self.body])
 
     def show(self, text:str): self.message.value = sentence(text)

@@ -240,7 +240,7 @@ class EntropyInputs(w.VBox):
                           change=self.change, opacity=self.opacity, above=self.above, enlarge=self.zoom,
                           truth=self.truth, single=self.single)
         where = line(self.place, self.status, *first[1:]) # which of how many
-        super().__init__([where, line(*second), line(*self.rows[2])])
+        super().__init__([where, line(*second, more=True), line(*self.rows[2], more=True)])
 
     def _offer(self, change:dict): # the last round of an ensemble has no ensemble
         here = choices(self.run, change['new'])
