@@ -143,7 +143,7 @@ def bought_pairs(
     bought = bought.merge(folder.read_scores(r), on=['image', 'task'])
     return bought.sort_values('norm', ascending=False, kind='stable'), labeled
 
-# %% ../../nbs/65_runs.pictures.ipynb #53dbc20c
+# %% ../../nbs/65_runs.pictures.ipynb #3f3ccf01
 def _pick_scales(pool:Arrays, tasks:list, of_pick:list, shown:str)->dict: # task -> as of `entropy_scale`
     scales = {}
     for t in pool.tasks:
