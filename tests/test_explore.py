@@ -36,6 +36,7 @@ from partal_nb.explore.run import TINY, RunView, open_run_view, tiny_run
 from partal_nb.explore.plot import number, weight
 from partal_nb.explore.chooser import VIEWS, RunChooser, open_project_view
 from partal_nb.annotate.ask import ask, read_batch
+from partal_nb.annotate.images import remove
 from partal_nb.annotate.project import init
 from partal_nb.annotate.tell import tell
 from partal_nb.commands.common import template
@@ -527,6 +528,9 @@ def test_a_project_opens_while_a_task_waits_for_its_first_labels(tmp_path):
     shown = {name: view(run) for name, view in VIEWS.items()}
     assert shown['image'].controls.status.value == f'1 of {len(run.pool)}'
     assert not shown['selection'].status.value and len(shown['selection'].panel.shown) == 3
+    remove(project.folder, [run.events.image.iloc[-1]]) # a label was bought for it
+    left = VIEWS['selection'](open_project_view(project.folder))
+    assert not left.status.value and len(left.panel.shown) == 3
 
 def test_data_by_a_relative_path_that_then_moves(page, tmp_path, monkeypatch):
     "The app works in another folder than the run was made in; where the data set moved, it asks for the new place"
@@ -617,6 +621,13 @@ def test_every_width_and_both_themes(page, opened, whole_app, tmp_path):
             least = .3 if view == 'pool' and wide > 1200 else .6 # there the map is beside the thumbnails
             until(page, lambda: least*wide < drawn() <= wide)
             until(page, lambda: page.evaluate('document.scrollingElement.scrollWidth') <= wide)
+            if view == 'image' and wide < 600: # where most controls are folded away
+                last = page.get_by_text('enlarge', exact=True)
+                assert last.is_hidden()
+                tick(page, 'all controls')
+                until(page, last.is_visible)
+                page.screenshot(path=folder/'image-390-all.png')
+                tick(page, 'all controls')
             paper = lambda: plot.evaluate('gd => gd._fullLayout.paper_bgcolor')
             for theme, color in dict(dark='#111', light='#fff').items():
                 page.emulate_media(color_scheme=theme)

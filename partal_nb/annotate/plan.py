@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS_FILE', 'NO_TASKS', 'DEFAULTS', 'ONLY_RUNS', 'SUPPORTED', 'NOT_COMPUTED', 'START_BY', 'ROUNDS', 'START',
            'read_plain', 'read_tasks', 'priced', 'open_images', 'held_out_images', 'prices_now', 'project_config',
-           'pick', 'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest', 'start_pool', 'StartedPurchase',
-           'WholePurchase']
+           'asking_context', 'pick', 'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest', 'start_pool',
+           'StartedPurchase', 'WholePurchase']
 
 # %% ../../nbs/57_annotate.plan.ipynb #3f3ba555
 import json
@@ -228,8 +228,16 @@ def _by_rate(p, strategy)->bool: # does money go by score per price; where tasks
     choices = strategy.choices
     return p.per_price and (choices is None or choices.shares in RANKED)
 
-# %% ../../nbs/57_annotate.plan.ipynb #d832be47
+# %% ../../nbs/57_annotate.plan.ipynb #56b157f6
 ROUNDS = 10 # after which the noise of a draw is gone
+
+def asking_context(
+    networks:int, # how many a project has trained
+)->Context:
+    "How far a project is"
+    return Context(min(max(networks - 1, 0)/(ROUNDS - 1), 1.))
+
+# %% ../../nbs/57_annotate.plan.ipynb #d832be47
 def pick(
     p,                   # a `Project`
     pool:Pool,           # as it is now
@@ -245,7 +253,7 @@ def pick(
                if out else "every pair is labeled")
         raise ValueError(f"nothing is left to ask: {why}")
     if scores is None: strategy, context = 'random', Context()
-    else: strategy, context = strategy_of(p.config), Context(min(max(len(p.files.trained()) - 1, 0)/(ROUNDS - 1), 1.))
+    else: strategy, context = strategy_of(p.config), asking_context(len(p.files.trained()))
     if 'budget' in request:
         return spend(strategy, scores, pool, prices.in_pairs(), request['budget'], rng, context=context)
     per_price = scores is not None and _by_rate(p, strategy)

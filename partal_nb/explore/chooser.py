@@ -21,15 +21,16 @@ import traitlets
 
 # %% ../../nbs/96_explore.chooser.ipynb #60c72b30
 from ..config import RunConfig, preset
-from ..pool import Pool
+from ..pool import Context, Pool
 from ..select.prices import Prices
 from ..runs.folder import RunFolder
 from ..runs.journal import Steps
 from ..runs.loop import run
 from ..annotate.project import Project, ProjectFolder, open_project
+from ..annotate.plan import asking_context
 from ..annotate.ask import load_labels
 from .run import RunView, open_run_view
-from .widgets import Address, Progress, as_text, choose, control, line, sentence
+from .widgets import Address, Progress, as_text, choose, control, line, sentence, tick
 from .pool import PoolExplorer
 from .entropy import EntropyExplorer
 from .selection import SelectionExplorer
@@ -70,6 +71,7 @@ class ProjectRounds(ProjectFolder):
     def checkpoint(self, r:int, member:int=0)->Path: return super().checkpoint(self.trained()[r], member)
     def scores_file(self, r:int)->Path: return super().scores_file(self.trained()[r])
     def steps_file(self, r:int)->Path: return super().steps_file(self.trained()[r])
+    def journal(self)->list[dict]: return ProjectFolder(self.path).journal() # which counts batches
     def candidates(self, r:int, pool:Pool)->Pool:
         "The same pool, in which pairs of images that came later and of tasks with no network yet can't be chosen"
         rows = self.read_scores(r)
@@ -80,6 +82,9 @@ class ProjectRounds(ProjectFolder):
 class ProjectView(RunView):
     "A labeling project opened for viewing"
     def prices(self)->Prices: return open_project(self.folder.path).prices
+    def per_price(self)->bool: return open_project(self.folder.path).per_price
+    def number(self, r:int)->int: return self.folder.trained()[r] # of its batch
+    def context(self, r:int)->Context: return asking_context(r + 1)
     @property
     def note(self)->str:
         return (f'a labeling project, {len(self.rounds)} trained networks; '
@@ -89,13 +94,15 @@ class ProjectView(RunView):
 def project_labels(
     p:Project,
     events:pd.DataFrame, # of its ledger
-)->pd.DataFrame: # the last event of each labeled pair; `round`: the first network that was trained with it
+)->pd.DataFrame: # a row a labeled pair; `round`: the first network that was trained with it; `cost`: with corrections
     "The labels of a project by round"
     files = ProjectRounds(p.folder)
     steps = [Steps(files.steps_file(r)).done for r in range(len(files.trained()))]
     seen = [done['labels']['result'] for done in steps] # up to which event
-    told = events[events.kind.isin(['told', 'corrected'])].drop_duplicates(['image', 'task'], keep='first')
-    return told.assign(round=np.searchsorted(seen, told.id))
+    told = events[events.kind.isin(['told', 'corrected'])]
+    cost = told.groupby(['image', 'task']).cost.transform('sum')
+    first = told.assign(cost=cost).drop_duplicates(['image', 'task'])
+    return first.assign(round=np.searchsorted(seen, first.id))
 
 # %% ../../nbs/96_explore.chooser.ipynb #c7da6551
 def open_project_view(
@@ -109,6 +116,7 @@ def open_project_view(
         pool, test, _ = load_labels(p, ledger)
         labels = project_labels(p, ledger.events())
         out = frozenset(pair for pair, s in ledger.state().items() if s.kind == 'asked')
+    labels = labels[labels.image.isin(pool.images)] # other images were removed, or their files are gone
     pool = replace(pool, available=np.ones_like(pool.available))
     counts:list[dict] = [labels[labels['round'] == r + 1].task.value_counts().to_dict() for r in range(n)]
     step = min((sum(c.values()) for c in counts if c), default=1) # pairs to try strategies with
@@ -274,6 +282,8 @@ body[data-voila] .jp-RenderedMarkdown blockquote { border: 0; padding: 0; margin
   body[data-voila] :is(.widget-slider, .widget-text) { width: calc(100% - 92px) !important }
   body[data-voila] :is(.widget-dropdown, .widget-slider, .widget-text) > .widget-label { width: 116px !important }
   body[data-voila] .widget-toggle-button { width: auto; padding: 0 10px }
+  body[data-voila] .partal-asks { display: flex !important }
+  body[data-voila]:not(:has(.partal-asks input:checked)) .partal-more { display: none }
 }
 </style>""" # an app's theme is the system's; JupyterLab has its own
 
@@ -287,9 +297,11 @@ class RunEntry(w.VBox):
         self.data = control(w.Text, 'data', 640, 40, placeholder='where the data set is now')
         self.enter = w.Button(description='open', layout=w.Layout(width='80px'))
         self.make = w.Button(description='make the demo run', icon='play', layout=w.Layout(width='180px'))
+        self.asks = tick('all controls', 140).add_class('partal-asks') # seen on a phone, see `APP_STYLE`
+        self.asks.layout.display = 'none'
         self.message, self.progress = w.HTML(), Progress()
         self.body, self.address = w.VBox(), Address() # the explorer, and what is chosen in it
-        head = line(self.path, self.enter, self.data, self.make)
+        head = line(self.path, self.enter, self.data, self.make, self.asks)
         super().__init__([w.HTML(APP_STYLE), self.address, head, self.message, self.progress, self.body])
 
     def show(self, text:str): self.message.value = sentence(text)

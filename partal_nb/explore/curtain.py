@@ -18,7 +18,7 @@ import traitlets
 from .plot import number, plain_text
 from .run import RunView, kept, open_run_view
 from .figure import Cell, png_url
-from .widgets import Latest, Progress, control, line, sentence
+from .widgets import Latest, Progress, control, line, observe, sentence
 
 # %% ../../nbs/92b_explore.curtain.ipynb #8ed97576
 VOID = .5, .5, .5, 1. # where a map has no value
@@ -126,7 +126,7 @@ class CurtainControls(w.VBox):
         self.round = control(w.Dropdown, 'against round', 230, 100, options=range(run.last + 1))
         self.path = control(w.Text, 'of run', 420, placeholder='this one, or the folder of another',
                             continuous_update=False)
-        self.named = {'curtain': self.what, 'of run': self.path, 'against': self.round}
+        self.named = dict(curtain=self.what, against=self.round) # no link opens a run: its plug-ins would be imported
         super().__init__([line(self.what, self.round, self.path, self.status)])
 
 # %% ../../nbs/92b_explore.curtain.ipynb #5470bf5c
@@ -147,9 +147,9 @@ class CurtainPictures(w.VBox):
 
     def picture(self, run:RunView, r:int, name:str)->dict: # of `curtain_picture`; name: of the run
         what = self.controls.what.value
-        cell = self.cells(run, r).get(what)
-        if cell is None: raise ValueError(f"{what} is not known for this image; choose another cell")
-        return curtain_picture(cell, f'{name}round {r}')
+        where, cell = f'{name}round {r}', self.cells(run, r).get(what)
+        if cell is None: raise ValueError(f"{where}: {what} is not known for this image; choose another cell")
+        return curtain_picture(cell, where)
 
 # %% ../../nbs/92b_explore.curtain.ipynb #9a974993
 class CurtainBox(CurtainPictures):
@@ -157,16 +157,17 @@ class CurtainBox(CurtainPictures):
     def __init__(self, run:RunView, what:list, cells:Callable): # as in `CurtainPictures`
         super().__init__(run, what, cells)
         changed = Latest(lambda _: self.show())
-        for c in self.controls.named.values(): c.observe(changed, 'value')
+        observe([self.controls.named.values(), [self.controls.path]], changed)
 
     def follow(self, r:int): # the round that is shown now
         self.r = r
         if self.controls.what.value != 'none': self.show()
 
     def both(self)->list[dict]: # of `curtain_picture`
-        c, other = self.controls, self.opened(self.controls.path.value)
-        if len(c.round.options) != other.last + 1: c.round.options = range(other.last + 1)
+        c = self.controls
         if c.what.value == 'none': return [{}, {}]
+        other = self.opened(c.path.value)
+        if len(c.round.options) != other.last + 1: c.round.options = range(other.last + 1)
         names = ['' if other is self.run else f'run {o.folder.path.resolve().name}, ' for o in (self.run, other)]
         return [self.picture(self.run, self.r, names[0]), self.picture(other, c.round.value, names[1])]
 

@@ -240,7 +240,7 @@ class EntropyInputs(w.VBox):
                           change=self.change, opacity=self.opacity, above=self.above, enlarge=self.zoom,
                           truth=self.truth, single=self.single)
         where = line(self.place, self.status, *first[1:]) # which of how many
-        super().__init__([where, line(*second), line(*self.rows[2])])
+        super().__init__([where, line(*second, more=True), line(*self.rows[2], more=True)])
 
     def _offer(self, change:dict): # the last round of an ensemble has no ensemble
         here = choices(self.run, change['new'])
@@ -318,7 +318,8 @@ def compared_cells(
     how = estimator if estimator in there else there[0]
     view = entropy_view(other, image, r, T, how, truth=True)
     view = replace(view, spans=run.entropy_spans(estimator), values=run.value_spans())
-    return {c.title.partition(':')[0]: c for t in run.tasks for c in task_cells(view, t)}
+    both = [t for t in run.tasks if t in other.tasks]
+    return {c.title.partition(':')[0]: c for t in both for c in task_cells(view, t)}
 
 # %% ../../nbs/93_explore.entropy.ipynb #1fdc00d7
 class EntropyDisplay(w.VBox):

@@ -223,7 +223,7 @@ class PoolControls(w.VBox):
                           shows=self.shown, map=self.map, lasso=self.lasso, values=self.between, size=self.size,
                           page=self.page)
         third = line(self.page, self.pages, self.size, self.map, self.clear)
-        super().__init__([line(*first), line(*second), third, self.lasso])
+        super().__init__([line(*first), line(*second, more=True), third, self.lasso])
 
     def lassoed(self)->list[int]: return lasso_rows(self.lasso.value, self.images) # rows
 
@@ -311,7 +311,6 @@ class PoolDisplay(w.VBox):
         self.controls.lasso.value = lasso_text(rows)
     @kept(8)
     def places(self, r:int)->np.ndarray: return two_components(self.run.features(r)) # (N, 2)
-
 
 # %% ../../nbs/92_explore.pool.ipynb #cb632431
 class PoolDrawing(PoolDisplay):

@@ -154,7 +154,7 @@ def _picks(run:RunView, r:int, strategy:str, s:Spending, c:Changes)->Picks:
     pool, rule = run.folder.candidates(r, run.pool_at(r)), tried(run, strategy, c)
     scores = on_scale(run, r, run.scores_for(r, rule), pair_needs(rule), c.scale)
     context = run.context(r)
-    rng = np.random.default_rng(derive_seed(run.config.seed, 'select', r))
+    rng = np.random.default_rng(derive_seed(run.config.seed, 'select', run.number(r)))
     if s.pairs and not s.rules and s.budget >= 1:
         most = int(pool.open.sum())
         return select(rule, scores, pool, min(int(s.budget), most), rng, context)

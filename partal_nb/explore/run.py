@@ -103,6 +103,8 @@ class RunLabels(RunData):
         "What a label costs in this run, whatever its budget counts"
         return run_prices(self.config, self.tasks)
 
+    def per_price(self)->bool: return self.config.per_price # is its money spent by score per price
+
     def pool_at(self,
         r:int, # the round
     )->Pool:
@@ -123,11 +125,7 @@ class RunNetworks(RunLabels):
     "The networks of each round, and how they see the images of the pool"
     def estimators(self, r:int)->list[str]: # names in `uncertainty.passes.ESTIMATORS`
         "The estimators that a round has the networks for, the run's own first if it is one of them"
-        own = self.config.estimator
-        complete = all(path.is_file() for path in self.folder.others(r))
-        found = [own] if complete else []
-        if self.config.dropout > 0: found.append('masksembles' if own == 'masksembles' else 'mc_dropout')
-        return list(dict.fromkeys([*found, 'inconsistency']))
+        return self.folder.estimators(r)
 
     @kept(8)
     def networks(self, r:int)->list: # of `PADNet`s in evaluation mode
@@ -245,6 +243,7 @@ class RunStrategy(RunOutputs):
         "The scores of pairs that a strategy reads; entropies for one that reads none"
         return needs_to_show(self.rule(strategy))
 
+    def number(self, r:int)->int: return r # of a round, as its seeds have it; a project counts batches
     def context(self, r:int)->Context: # how far the run was, and what its purchases had shown
         return run_context(self.folder, self.pool_at, r)
 
@@ -271,7 +270,7 @@ class RunScores(RunAcquisition):
         "Scores as the run would have computed them"
         start = self.labeled(0)
         first = self.scores(0, needs) if r else None
-        seed = derive_seed(self.config.seed, 'score', r)
+        seed = derive_seed(self.config.seed, 'score', self.number(r))
         score = self.acquisition(r, needs).scores
         pool, bought = self.pool_at(r), self.context(r).bought
         return score(self.networks(r), self.pool, pool, seed, start, first, self.progress, bought)

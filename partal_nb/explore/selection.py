@@ -152,13 +152,15 @@ class BudgetControls(w.HBox):
         self.unit = control(w.Dropdown, 'budget in', 220, 90, options=[(in_pairs, True), (self.own.unit, False)],
                             value=not c.step_money)
         step = float(c.step_money or c.step_pairs)
-        self.budget = control(w.FloatSlider, 'budget', 370, 70, value=step, min=1 + step % 1, max=4*step, step=1,
-                              continuous_update=False)
+        grain = min(step, 1.)
+        self.budget = control(w.FloatSlider, 'budget', 370, 70, value=step, min=grain + step % grain, max=4*step,
+                              step=grain, continuous_update=False)
         self.by_price = tick('rank by score per price')
+        self.by_price.value = run.per_price()
         self.prices = price_sliders(self.own)
         self.unit.observe(self._convert, 'value')
         self._switch()
-        super().__init__([line(self.unit, self.budget, self.by_price, *self.prices.values())])
+        super().__init__([line(self.unit, self.budget, self.by_price, *self.prices.values(), more=True)])
 
     def _switch(self): self.by_price.disabled = self.unit.value # in pairs, each is as good as the other
     def _convert(self, change:dict): # about as much as it was
@@ -198,7 +200,7 @@ class SelectionInputs(w.VBox):
         self.rows = [[self.round, self.which, self.first], [self.one, *tried.values(), self.two], money]
         self.named = dict(round=self.round, nth=self.first, first=self.one, against=self.two, unit=m.unit,
                           budget=m.budget, per_price=m.by_price, pictures=self.which, **tried, **m.prices)
-        super().__init__([line(*self.rows[0]), line(self.one, self.tried, self.two), m])
+        super().__init__([line(*self.rows[0]), line(self.one, self.tried, self.two, more=True), m])
 
 # %% ../../nbs/94_explore.selection.ipynb #ce82f383
 class SelectionControls(SelectionInputs):

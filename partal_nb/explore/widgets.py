@@ -72,9 +72,10 @@ def passes_slider(run:RunView)->w.SelectionSlider:
     return control(w.SelectionSlider, 'T, passes', 260, options=options, value=own, continuous_update=False)
 
 # %% ../../nbs/91_explore.widgets.ipynb #c0000242
-def line(*controls:w.Widget)->w.HBox:
+def line(*controls:w.Widget, more:bool=False)->w.HBox: # more: a phone shows them only if asked
     "Controls side by side; those that find no room go below"
-    return w.HBox(controls, layout=w.Layout(flex_flow='row wrap', align_items='center'))
+    layout = w.Layout(flex_flow='row wrap', align_items='center')
+    return w.HBox(controls, layout=layout, _dom_classes=('partal-more',)*more)
 
 # %% ../../nbs/91_explore.widgets.ipynb #c0000243
 def sentence(text:str)->str: # HTML

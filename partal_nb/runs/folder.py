@@ -116,6 +116,15 @@ class RunEstimator(NetworkFiles):
         there = [path for path in self.others(r) if path.is_file()]
         return [self.load_model(r, device=device), *(self.load_network(path, device) for path in there)]
 
+    def estimators(self, r:int)->list[str]: # names in `uncertainty.passes.ESTIMATORS`
+        "The estimators that a round has the networks for, the run's own first if it is one of them"
+        config = self.config
+        own = config.estimator
+        complete = all(path.is_file() for path in self.others(r))
+        found = [own] if complete else []
+        if config.dropout > 0: found.append('masksembles' if own == 'masksembles' else 'mc_dropout')
+        return list(dict.fromkeys([*found, 'inconsistency']))
+
 # %% ../../nbs/62_runs.folder.ipynb #a62f0032
 class RunCandidates(RunEstimator):
     "What a run chooses from"

@@ -7,6 +7,7 @@ __all__ = ['paint', 'as_label', 'Tile', 'entropy_scale', 'draw_tile', 'predictio
            'pick_tiles', 'picks_panel']
 
 # %% ../../nbs/65_runs.pictures.ipynb #c0000159
+from dataclasses import replace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,10 @@ from torch import Tensor
 from ..tasks import Task
 from ..data.arrays import Arrays, unit_rgb
 from ..model.padnet import PADNet, arithmetic
+from ..uncertainty.passes import first_network
 from ..uncertainty.maps import entropy_maps
+from ..uncertainty.acquisition import Acquisition
+from ..select.strategy import acquisition_of
 from .ledger import Ledger
 from .folder import RunFolder
 
@@ -58,11 +62,12 @@ class Tile(NamedTuple):
 # %% ../../nbs/65_runs.pictures.ipynb #65a00002
 def entropy_scale(
     maps:np.ndarray, # of any shape, nats
+    text:str='entropy {:.1f} to {:.1f} nats', # of the lowest and the highest value; another quantity has another
 )->tuple[dict, str]: # as arguments of `imshow` and as text
     "One color scale for all of `maps`"
     low = float(np.min(maps))
     high = float(np.max(maps))
-    return dict(vmin=low, vmax=high, cmap='viridis'), f'entropy {low:.1f} to {high:.1f} nats'
+    return dict(vmin=low, vmax=high, cmap='viridis'), text.format(low, high)
 
 # %% ../../nbs/65_runs.pictures.ipynb #c0000156
 def draw_tile(ax, tile:Tile):
@@ -85,26 +90,28 @@ def _task_tiles(task:Task, arrays:Arrays, index:list, final:Tensor, maps:np.ndar
 
 # %% ../../nbs/65_runs.pictures.ipynb #bffc513b
 def prediction_tiles(
-    model:PADNet,  # trained network
+    models:PADNet|list[PADNet], # trained network, or those of an ensemble
     arrays:Arrays, # labeled images
     index:list,    # which of them
-    T:int=50,      # stochastic passes
+    T:int=50,      # stochastic passes, where their number is free
+    estimator:str='mc_dropout', # one of `uncertainty.passes.ESTIMATORS`
 )->list[list[list[Tile]]]: # of each task, of each image: truth, prediction and entropy
     "What a figure shows of some images"
-    device = next(model.parameters()).device
+    model = first_network(models)
     rgb, _ = arrays.batch(np.asarray(index))
-    x = unit_rgb(rgb, device)
+    x = unit_rgb(rgb, next(model.parameters()).device)
     with torch.no_grad(), arithmetic(model): final = model.eval()(x).final
-    maps = entropy_maps(model, x, T)
+    maps = entropy_maps(models, x, T, estimator=estimator)
     return [_task_tiles(t, arrays, index, final[t.name], maps[t.name].cpu().numpy()) for t in arrays.tasks]
 
 # %% ../../nbs/65_runs.pictures.ipynb #7be0c1a2
 def prediction_panel(
-    model:PADNet,    # trained network
+    models:PADNet|list[PADNet], # trained network, or those of an ensemble
     arrays:Arrays,   # labeled images
     index:list,      # which of them
     T:int=50,        # stochastic passes; late ones are cheap, and a variance from ten is a noisy picture
     size:float=1.6,  # width of one picture, inches
+    estimator:str='mc_dropout', # one of `RunFolder.estimators`
 )->Figure:
     "Image, truth, prediction and entropy of some images"
     H, W = arrays.rgb.shape[1:3]
@@ -112,7 +119,7 @@ def prediction_panel(
     rows = len(index)*K
     height = (size*H/W + .25)*rows
     fig, axes = plt.subplots(rows, 4, squeeze=False, layout='constrained', figsize=(4*size, height))
-    for k, of_task in enumerate(prediction_tiles(model, arrays, index, T)):
+    for k, of_task in enumerate(prediction_tiles(models, arrays, index, T, estimator)):
         for i, tiles in enumerate(of_task):
             for ax, tile in zip(axes[i*K + k, 1:], tiles): draw_tile(ax, tile)
     for i, n in enumerate(index):
@@ -136,25 +143,33 @@ def bought_pairs(
     bought = bought.merge(folder.read_scores(r), on=['image', 'task'])
     return bought.sort_values('norm', ascending=False, kind='stable'), labeled
 
+# %% ../../nbs/65_runs.pictures.ipynb #3f3ccf01
+def _pick_scales(pool:Arrays, tasks:list, of_pick:list, shown:str)->dict: # task -> as of `entropy_scale`
+    scales = {}
+    for t in pool.tasks:
+        maps = [m for m, task in zip(of_pick, tasks) if task == t.name]
+        unit = t.unit if t.form.entropy_range(t.channels) is None else 'nats' # of a disagreement
+        text = {} if shown == 'entropy' else dict(text=f'{shown}\n{{:.2g}} to {{:.2g}} {unit}')
+        if maps: scales[t.name] = entropy_scale(np.stack(maps), **text)
+    return scales
+
 # %% ../../nbs/65_runs.pictures.ipynb #65a00006
 def pick_tiles(
-    model:PADNet,        # of the round
+    models:PADNet|list[PADNet], # of the round, its own network first
     pool:Arrays,
     bought:pd.DataFrame, # the first rows of `bought_pairs`
-    labeled:np.ndarray,  # (N, K) bool, the labels that are injected
-    T:int=50,            # stochastic passes
-)->list[tuple[Tile, Tile]]: # of each pick: its image, and the entropy of its task
+    labeled:np.ndarray,  # (N, K) bool, the labels that there are
+    scored:Acquisition,  # whose maps are shown
+)->list[tuple[Tile, Tile]]: # of each pick: its image, and the map of its task
     "What a figure shows of some picks"
     row = {image: n for n, image in enumerate(pool.images)}
     index = np.array([row[image] for image in bought.image])
-    rgb, labels = pool.batch(index, labeled[index])
-    device = next(model.parameters()).device
+    rgb, labels = pool.batch(index, labeled[index] & scored.inject)
+    device = next(first_network(models).parameters()).device
     inject = {name: y.to(device) for name, y in labels.items()}
-    maps = entropy_maps(model, unit_rgb(rgb, device), T, inject)
+    maps = scored.maps(models, unit_rgb(rgb, device), inject)
     of_pick = [maps[task][i].cpu().numpy() for i, task in enumerate(bought.task)]
-    scales = {}
-    for task in set(bought.task):
-        scales[task] = entropy_scale(np.stack([m for m, t in zip(of_pick, bought.task) if t == task]))
+    scales = _pick_scales(pool, list(bought.task), of_pick, scored.shown)
     scores = [f', score {s:.2f}' for s in bought.norm] if 'norm' in bought else ['']*len(bought)
     images = [Tile(pool.rgb[n], task + s) for n, task, s in zip(index, bought.task, scores)]
     return [(image, Tile(m, scales[t][1], scales[t][0])) for image, m, t in zip(images, of_pick, bought.task)]
@@ -168,10 +183,11 @@ def picks_panel(
     T:int=50,       # stochastic passes
     size:float=1.6, # width of one picture, inches
 )->Figure:
-    "Images and entropy maps of the first picks of a round"
+    "Images and maps of the first picks of a round, made as the run scored them"
     folder = RunFolder(folder)
     bought, labeled = bought_pairs(folder, pool, r)
-    tiles = pick_tiles(folder.load_model(r), pool, bought.head(n), labeled, T)
+    scored = replace(acquisition_of(folder.config), estimator=folder.estimators(r)[0], passes=T)
+    tiles = pick_tiles(folder.networks(r), pool, bought.head(n), labeled, scored)
     H, W = pool.rgb.shape[1:3]
     shape = size*len(tiles), 2*size*H/W + .6
     fig, axes = plt.subplots(2, len(tiles), squeeze=False, layout='constrained', figsize=shape)
