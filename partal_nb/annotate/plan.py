@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS_FILE', 'NO_TASKS', 'DEFAULTS', 'ONLY_RUNS', 'SUPPORTED', 'NOT_COMPUTED', 'START_BY', 'ROUNDS', 'START',
            'read_plain', 'read_tasks', 'priced', 'open_images', 'held_out_images', 'prices_now', 'project_config',
-           'asking_context', 'pick', 'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest', 'start_pool',
-           'StartedPurchase', 'WholePurchase']
+           'by_rate', 'asking_context', 'pick', 'cold_start', 'BatchPurchase', 'AskingPurchase', 'cheapest',
+           'start_pool', 'StartedPurchase', 'WholePurchase']
 
 # %% ../../nbs/57_annotate.plan.ipynb #3f3ba555
 import json
@@ -224,7 +224,11 @@ def _check_supported(config:RunConfig):
                          "not compute; take one that scores pairs")
 
 # %% ../../nbs/57_annotate.plan.ipynb #e9ca85f8
-def _by_rate(p, strategy)->bool: # does money go by score per price; where tasks have shares, these decide
+def by_rate(
+    p,        # a `Project`
+    strategy, # of `strategy_of`
+)->bool: # no: along the ranking, or by the shares that the strategy gives the tasks
+    "Does money go by score per price?"
     choices = strategy.choices
     return p.per_price and (choices is None or choices.shares in RANKED)
 
@@ -256,7 +260,7 @@ def pick(
     else: strategy, context = strategy_of(p.config), asking_context(len(p.files.trained()))
     if 'budget' in request:
         return spend(strategy, scores, pool, prices.in_pairs(), request['budget'], rng, context=context)
-    per_price = scores is not None and _by_rate(p, strategy)
+    per_price = scores is not None and by_rate(p, strategy)
     return spend(strategy, scores, pool, prices, request['money'], rng, per_price, context)
 
 # %% ../../nbs/57_annotate.plan.ipynb #062b490f

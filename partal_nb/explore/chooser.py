@@ -23,11 +23,12 @@ import traitlets
 from ..config import RunConfig, preset
 from ..pool import Context, Pool
 from ..select.prices import Prices
+from ..select.strategy import strategy_of
 from ..runs.folder import RunFolder
 from ..runs.journal import Steps
 from ..runs.loop import run
 from ..annotate.project import Project, ProjectFolder, open_project
-from ..annotate.plan import asking_context
+from ..annotate.plan import asking_context, by_rate
 from ..annotate.ask import load_labels
 from .run import RunView, open_run_view
 from .widgets import Address, Progress, as_text, choose, control, line, sentence, tick
@@ -82,7 +83,7 @@ class ProjectRounds(ProjectFolder):
 class ProjectView(RunView):
     "A labeling project opened for viewing"
     def prices(self)->Prices: return open_project(self.folder.path).prices
-    def per_price(self)->bool: return open_project(self.folder.path).per_price
+    def per_price(self)->bool: return by_rate(open_project(self.folder.path), strategy_of(self.config))
     def number(self, r:int)->int: return self.folder.trained()[r] # of its batch
     def context(self, r:int)->Context: return asking_context(r + 1)
     @property
