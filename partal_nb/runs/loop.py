@@ -134,7 +134,7 @@ def _pseudo_labels(run:OpenRun, r:int)->Pseudo:
     before = before.to(pick_device(run.config.device))
     load_checkpoint(run.folder.checkpoint(r - 1), before)
     pool = run.pool(r)
-    uncertainty = np.clip(run.folder.scores(r - 1, pool).norm, 0, 1)
+    uncertainty = np.clip(run.folder.scores(r - 1, run.pool(r - 1)).norm, 0, 1)
     trust = run.config.pseudo*(1 - uncertainty)
     return Pseudo(before, run.arrays, pool.labeled, np.where(np.isnan(trust), 0., trust))
 
