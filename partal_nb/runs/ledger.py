@@ -14,11 +14,12 @@ import sqlite3
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 
-from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, transaction
+from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, explained, transaction
 from ..tasks import Pair
 
 # %% ../../nbs/60_runs.ledger.ipynb #c0000126
@@ -138,7 +139,6 @@ class LedgerFacts(LedgerAsk):
         if not self._has_facts(): return found
         sql = f'SELECT {columns} FROM amended WHERE event = ? ORDER BY id'
         return found + self.db.execute(sql, (event,)).fetchall()
-
 
 # %% ../../nbs/60_runs.ledger.ipynb #4a3782d4
 class LedgerRetold(LedgerFacts):
@@ -268,7 +268,6 @@ class LedgerTotals(LedgerLabels):
         names = (t.name for t in self.tasks)
         return dict(zip(names, self.labeled(r).sum(0).tolist()))
 
-
 # %% ../../nbs/60_runs.ledger.ipynb #4711a7a9
 class LedgerTable(LedgerTotals):
     "The list of all events, and of all corrections"
@@ -353,12 +352,15 @@ class Ledger(LedgerStates):
         "Write a copy of the ledger, whole or not at all"
         path = Path(path)
         if path.exists(): raise FileExistsError(f"{path} is there already; choose another name for the backup")
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-        part.unlink(missing_ok=True)
-        copy = sqlite3.connect(part)
+        part.write_bytes(b'') # where that is not allowed, Python's error has the path, and SQLite's has not
         try:
-            self.db.backup(copy)
-            copy.execute('PRAGMA journal_mode=DELETE')
-        finally: copy.close()
+            with closing(sqlite3.connect(part)) as copy:
+                self.db.backup(copy)
+                copy.execute('PRAGMA journal_mode=DELETE')
+        except sqlite3.OperationalError as e:
+            part.unlink()
+            raise explained(e, SimpleNamespace(path=path, wait=self.wait)) from None
         part.replace(path)
         return path
