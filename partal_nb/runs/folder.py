@@ -16,7 +16,7 @@ from typing import Callable
 
 from filelock import FileLock, Timeout
 
-from ..core import pick_device
+from ..core import NotDone, pick_device
 from ..tasks import Task, task_from_dict
 from ..config import RunConfig, config_from_dict, config_hash
 from ..core import derive_seed
@@ -157,7 +157,7 @@ class ScoreFiles(RunCandidates):
         return found
 
 # %% ../../nbs/62_runs.folder.ipynb #72d30d49
-class FolderInUse(ValueError):
+class FolderInUse(NotDone):
     "Another process has the run folder"
 
 # %% ../../nbs/62_runs.folder.ipynb #a4e45434
