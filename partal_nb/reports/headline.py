@@ -72,9 +72,10 @@ def starts_alike(
     "Whether two runs of one seed can be paired"
     return a.rounds[0]['metrics'] == b.rounds[0]['metrics']
 
-# %% ../../nbs/73a_reports.headline.ipynb #aba0ac4b
+# %% ../../nbs/73a_reports.headline.ipynb #e4f9f359
 def _has_all_rounds(r:RunRecord)->bool: return len(r.rounds) == r.config['rounds'] + 1
 
+# %% ../../nbs/73a_reports.headline.ipynb #aba0ac4b
 def study_changes(
     folder:Path, # of the study
 )->list[tuple]: # of `HEADLINE_COLUMNS`; empty without a control, or where nothing was bought

@@ -229,5 +229,5 @@ def is_finished(
     if not folder.exists: return False
     about = folder.about
     if about.get('hash') != config_hash(config): return False
-    if about['config']['data'] != config.data: return False # opening the run finds out whether it only moved, and records that
+    if about['config']['data'] != config.data: return False # opening the run sees whether it only moved: `claim`
     return len(folder.journal()) == config.rounds + 1
