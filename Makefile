@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all the set-up themselves; they need a Python 3.11-3.14 and nothing else.
-# Another Python: `make test PYTHON=/path/to/python3.13`
+# Another Python: `make clean`, since a .venv that is there keeps its own, then `make test PYTHON=/path/to/python3.13`
 
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -19,6 +19,7 @@ help:
 	@echo 'make readme write the table of README.md from the committed journals'
 	@echo 'make hooks  let git run `make check` before every commit'
 	@echo 'make clean  remove .venv and what was built or cached here; runs/ stays'
+	@echo 'Another Python: `make clean`, then `make test PYTHON=/path/to/python3.13`; a .venv that is there keeps its own'
 
 demo: .venv/.run
 	@echo 'running PartAL beside random pairs: the last line is the run folder, `partal explore runs/demo` shows it'

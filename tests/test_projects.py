@@ -140,6 +140,8 @@ def test_a_project_is_replayed_and_a_run_starts_a_project(tmp_path, monkeypatch)
     assert 'labels already: 8 depth' in called(*given, '--project', 'project')
     assert called('run', '--data', 'project', '--out', 'replay').splitlines()[-1] == 'replay'
     replayed = load_run('replay')
+    swept = called('sweep', '--data', 'project', '--strategies', 'random', '--seeds', '0', '--out', 'study', '--print')
+    assert f'--data {replayed.config.data} ' in swept
     assert replayed.config.encoder == 'test_efficientnet' and len(replayed.journal()) == 1 + PURCHASES
     bought = set(read_labeled(tmp_path/'replay/ledger.db'))
     assert 0 < len(bought) < 8 and {pair.task for pair in bought} == {'depth'}

@@ -27,16 +27,17 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..core import NotDone
 from ..config import OLD_FIELDS, PRESETS, RunConfig, did_you_mean
 
 # %% ../../nbs/79_commands.common.ipynb #c00002ac
 @contextmanager
 def plain_errors():
-    "Bad input ends with one clear line and exit code 2, not with a traceback"
+    "Bad input ends with one clear line and exit code 2, what the same command may do later with 1: no traceback"
     try: yield
     except (ValueError, TypeError, OSError) as e:
         typer.echo(f'partal: {e}', err=True)
-        raise typer.Exit(2) from e
+        raise typer.Exit(1 if isinstance(e, NotDone) else 2) from e
 
 # %% ../../nbs/79_commands.common.ipynb #7fac869e
 AsJson = Annotated[bool, typer.Option('--json', help="Print JSON, for a script to read.")]
@@ -248,9 +249,10 @@ def execute(
             stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True, start_timeout=START_TIMEOUT,
             extra_arguments=QUIET_KERNEL)
     except pm.PapermillExecutionError as e:
-        raise ValueError(f"the notebook stopped with {e.ename}: {e.evalue}\n        all of it is in {part}") from e
+        error = ValueError if e.ename in ('ValueError', 'TypeError') else NotDone # as in a sweep without a kernel
+        raise error(f"the notebook stopped with {e.ename}: {e.evalue}\n        all of it is in {part}") from e
     except RuntimeError as e: # what papermill's own client raises
-        raise ValueError(f"{e}, perhaps for lack of memory; the same command resumes from the last finished step\n"
+        raise NotDone(f"{e}, perhaps for lack of memory; the same command resumes from the last finished step\n"
                          f"        what it showed is in {part}") from e
     os.replace(part, done)
     return done

@@ -72,16 +72,19 @@ def starts_alike(
     "Whether two runs of one seed can be paired"
     return a.rounds[0]['metrics'] == b.rounds[0]['metrics']
 
+# %% ../../nbs/73a_reports.headline.ipynb #e4f9f359
+def _has_all_rounds(r:RunRecord)->bool: return len(r.rounds) == r.config['rounds'] + 1
+
 # %% ../../nbs/73a_reports.headline.ipynb #aba0ac4b
 def study_changes(
     folder:Path, # of the study
 )->list[tuple]: # of `HEADLINE_COLUMNS`; empty without a control, or where nothing was bought
-    "Every run of a study against random pairs of the same seed"
+    "Every finished run of a study against random pairs of the same seed"
     study = read_study(run_folders_of(folder))
-    runs = [r for r in study.runs if r.config['rounds']]
+    runs = [r for r in study.runs if r.config['rounds'] and _has_all_rounds(r)]
     if not runs: return []
     later = beside(folder, CONTROL, runs[0], SAME_LENGTH)
-    control = {r.seed: r for r in [*runs, *later] if r.strategy == CONTROL}
+    control = {r.seed: r for r in [*runs, *filter(_has_all_rounds, later)] if r.strategy == CONTROL}
     full = study.reference() or main_metrics(beside(folder, 'supervised', runs[0], SAME), study.tasks)
     rows = []
     for r in runs:
@@ -96,7 +99,7 @@ def study_changes(
 def changes(
     results, # folder with a folder for each study
 )->pd.DataFrame: # with `HEADLINE_COLUMNS`
-    "All committed runs that have a control, a row for each run and task"
+    "All finished runs that have a control, a row for each run and task"
     rows = []
     for study in sorted(p for p in Path(results).iterdir() if p.is_dir()):
         if run_folders_of(study): rows += study_changes(study)

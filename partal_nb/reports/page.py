@@ -129,7 +129,8 @@ def curves_against_money(
     df = study.table
     price = df.cost/df.pairs
     if np.allclose(price, price.iloc[0]):
-        return Part(title, f'Every label had the same price, {price.iloc[0]:g}: against money the picture is the same.')
+        text = f'The mean price per label was the same, {price.iloc[0]:g}: against money the picture is the same.'
+        return Part(title, text)
     figures = task_curves(df, 'cost', study.reference())
     return Part(title, 'The same against the cost of the labels.', figures, data=over_seeds(df)[lambda d: d.main])
 

@@ -310,11 +310,12 @@ def claim(
     config:RunConfig,
     data:ChosenData,
 ):
-    "Write `config.json`, or check that it describes this very run; a plug-in that moved is recorded where it lies now"
+    "Write `config.json`, or check that it describes this very run; what moved, data or a plug-in, is recorded anew"
     if check_folder(folder, config, data.dataset):
         about = folder.about
-        now = list(where_now(about.get('imports', ())))
-        if now != list(about.get('imports', ())): write_json(folder.about_file, about | dict(imports=now))
+        now = about | dict(config=about['config'] | dict(data=config.data))
+        if 'imports' in about: now['imports'] = list(where_now(about['imports']))
+        if now != about: write_json(folder.about_file, now)
         return
     about = identity(config, data.dataset)
     about |= dict(config=asdict(config), tasks=[asdict(t) for t in data.tasks], imports=list(imports()))

@@ -16,7 +16,7 @@ from typing import Callable
 
 from filelock import FileLock, Timeout
 
-from ..core import pick_device
+from ..core import NotDone, pick_device
 from ..tasks import Task, task_from_dict
 from ..config import RunConfig, config_from_dict, config_hash
 from ..core import derive_seed
@@ -166,7 +166,7 @@ class ScoreFiles(RunCandidates):
         return found
 
 # %% ../../nbs/62_runs.folder.ipynb #72d30d49
-class FolderInUse(ValueError):
+class FolderInUse(NotDone):
     "Another process has the run folder"
 
 # %% ../../nbs/62_runs.folder.ipynb #a4e45434
@@ -238,5 +238,5 @@ def is_finished(
     if not folder.exists: return False
     about = folder.about
     if about.get('hash') != config_hash(config): return False
-    if about['config']['data'] != config.data: return False # opening the run finds out whether it only moved
+    if about['config']['data'] != config.data: return False # opening the run sees whether it only moved: `claim`
     return len(folder.journal()) == config.rounds + 1

@@ -14,12 +14,13 @@ import sqlite3
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 
 from ..core import part_beside
-from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, transaction
+from .schema import AFTER, AMENDED, OpenLedger, connect_to_read, explained, transaction
 from ..tasks import Pair
 
 # %% ../../nbs/60_runs.ledger.ipynb #c0000126
@@ -352,12 +353,15 @@ class Ledger(LedgerStates):
         "Write a copy of the ledger, whole or not at all"
         path = Path(path)
         if path.exists(): raise FileExistsError(f"{path} is there already; choose another name for the backup")
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = part_beside(path)
-        part.unlink(missing_ok=True)
-        copy = sqlite3.connect(part)
+        part.write_bytes(b'') # where that is not allowed, Python's error has the path, and SQLite's has not
         try:
-            self.db.backup(copy)
-            copy.execute('PRAGMA journal_mode=DELETE')
-        finally: copy.close()
+            with closing(sqlite3.connect(part)) as copy:
+                self.db.backup(copy)
+                copy.execute('PRAGMA journal_mode=DELETE')
+        except sqlite3.OperationalError as e:
+            part.unlink()
+            raise explained(e, SimpleNamespace(path=path, wait=self.wait)) from None
         part.replace(path)
         return path

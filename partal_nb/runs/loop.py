@@ -134,7 +134,7 @@ def _pseudo_labels(run:OpenRun, r:int)->Pseudo:
     before = before.to(pick_device(run.config.device))
     load_checkpoint(run.folder.checkpoint(r - 1), before)
     pool = run.pool(r)
-    uncertainty = np.clip(run.folder.scores(r - 1, pool).norm, 0, 1)
+    uncertainty = np.clip(run.folder.scores(r - 1, run.pool(r - 1)).norm, 0, 1)
     trust = run.config.pseudo*(1 - uncertainty)
     return Pseudo(before, run.arrays, pool.labeled, np.where(np.isnan(trust), 0., trust))
 
@@ -184,16 +184,16 @@ def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave a task to pre
 # %% ../../nbs/64_runs.loop.ipynb #c0000148
 def _pass_counts(config:RunConfig)->tuple[int, ...]: # of dropout: half and twice as many, too, to see what they buy
     T = config.passes
-    if config.estimator == 'mc_dropout': return max(2, T//2), T, 2*T
-    if config.estimator == 'inconsistency': return (2,)
-    return (config.members,) if config.estimator in ('masksembles', 'ensemble', 'snapshots') else (T,)
+    estimator = acquisition_of(config).asked
+    if estimator == 'mc_dropout': return max(2, T//2), T, 2*T
+    if estimator == 'inconsistency': return (2,)
+    return (config.members,) if estimator in ('masksembles', 'ensemble', 'snapshots') else (T,)
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000147
 def _quality(run:OpenRun, r:int, models:list[PADNet], T:int)->dict:
-    config = run.config
-    seed = derive_seed(config.seed, 'quality', r)
-    shown = acquisition_of(config).shown
-    return uncertainty_quality(models, run.test, T, seed, config.estimator, shown)
+    seed = derive_seed(run.config.seed, 'quality', r)
+    acquisition = acquisition_of(run.config)
+    return uncertainty_quality(models, run.test, T, seed, acquisition.asked, acquisition.shown)
 
 # %% ../../nbs/64_runs.loop.ipynb #3411491e
 def _evaluate(run:OpenRun, r:int, models:list[PADNet])->dict:

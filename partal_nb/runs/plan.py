@@ -75,7 +75,8 @@ def read_plan(
     if unknown: raise ValueError(f"{path}: unknown keys {unknown}; a plan has {names}")
     if given['reference'] not in given['arms']:
         raise ValueError(f"{path}: reference {given['reference']!r} is no arm; there are {list(given['arms'])}")
-    seeds = tuple(parse_seeds(given.pop('seeds')))
+    try: seeds = tuple(parse_seeds(str(given.pop('seeds')))) # a list of TOML is refused as the text that it is
+    except ValueError as e: raise ValueError(f"{path}: {e}") from e
     plan = StudyPlan(name=path.stem, seeds=seeds, **{**given, 'seeded': tuple(given['seeded'])})
     check_plan(plan, path)
     return plan

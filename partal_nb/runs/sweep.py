@@ -87,8 +87,8 @@ def references(
     out,              # folder for the run folders
     tasks:Iterable[str]=(), # also a network for each of these alone
 )->dict[Path, RunConfig]: # by run folder
-    "Runs on all labels: all tasks together, and each alone"
-    full = replace(config, strategy='random', start_images=images, rounds=0)
+    "Runs on all labels, one round of `train_for` each: all tasks together, and each alone"
+    full = replace(config, strategy='random', start_images=images, rounds=0, first_train_for=0)
     kinds = dict(supervised=full)
     for task in tasks: kinds[f'single_{task}'] = replace(full, tasks=(task,))
     return {Path(out)/f'{name}-{seed}': replace(c, seed=seed) for seed in seeds for name, c in kinds.items()}

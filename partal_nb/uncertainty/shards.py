@@ -104,9 +104,10 @@ class ShardedAcquisition(ShardSettings, Acquisition):
         begin = int(share*len(parts))
         self.folder.mkdir(parents=True, exist_ok=True)
         for path, part in parts[begin:] + parts[:begin]:
-            if not self.folder.is_dir(): return # somebody has merged all of them
             if path.exists(): continue
+            if not self.folder.is_dir(): return # somebody has merged all of them
             found = super().measured(models, arrays, part, seed)
+            if not self.folder.is_dir(): return # meanwhile; to write would make the folder again
             write_shard(path, self.owner, part, dict(zip(self.pair_needs, found)))
 
     def measured(self, models, arrays, pool:ScoringPool, seed:int)->list[np.ndarray]: # (N, K) for each of `pair_needs`
@@ -167,9 +168,10 @@ class FeatureShards:
         begin = int(share*len(parts))
         self.folder.mkdir(parents=True, exist_ok=True)
         for path, rows in parts[begin:] + parts[:begin]:
-            if not self.folder.is_dir(): return # somebody has merged all of them
             if path.exists(): continue
+            if not self.folder.is_dir(): return # somebody has merged all of them
             found = pool_features(model, arrays, progress=progress, rows=rows)
+            if not self.folder.is_dir(): return # meanwhile; to write would make the folder again
             write_atomic(path, save(dict(features=found), metadata=dict(owner=self.owner)))
 
 # %% ../../nbs/45_uncertainty.shards.ipynb #ae0936e9
