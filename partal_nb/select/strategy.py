@@ -72,7 +72,9 @@ def worth(
 def _pair_limit(c:Choices, pool:Pool, budget:int, context:Context, limit)->np.ndarray: # (K,)
     most = np.minimum(pool.open.sum(0), budget)
     if limit is not None: return np.minimum(most, limit)
-    return most if c.shares in RANKED else quotas(*share_weights(c.shares, pool, context), most, budget)
+    if c.shares in RANKED: return most
+    weights = share_weights(c.shares, pool, context)
+    return np.array([quotas(*weights, most, budget, first=k)[k] for k in range(len(most))]) # however ties fall
 
 # %% ../../nbs/55_select.strategy.ipynb #58a5152b
 def pick_pairs(
