@@ -81,9 +81,8 @@ class NetworkFiles(RunSettings):
         from safetensors import SafetensorError
         from partal_nb.model.padnet import make_model
         from partal_nb.training.checkpoint import has_loss_head, load_checkpoint
-        config = replace(self.config, pretrained=False)
-        try:
-            model = make_model(config, self.tasks, has_loss_head(path)) # also where the strategy's plug-in is gone
+        try: # the head is the file's: the strategy's plug-in may be gone
+            model = make_model(replace(self.config, pretrained=False), self.tasks, has_loss_head(path))
             load_checkpoint(path, model)
         except (SafetensorError, RuntimeError, KeyError) as e:
             why = textwrap.shorten(str(e), 160) # the list of what does not fit may be long
