@@ -182,16 +182,16 @@ def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave a task to pre
 # %% ../../nbs/64_runs.loop.ipynb #c0000148
 def _pass_counts(config:RunConfig)->tuple[int, ...]: # of dropout: half and twice as many, too, to see what they buy
     T = config.passes
-    if config.estimator == 'mc_dropout': return max(2, T//2), T, 2*T
-    if config.estimator == 'inconsistency': return (2,)
-    return (config.members,) if config.estimator in ('masksembles', 'ensemble', 'snapshots') else (T,)
+    asked = acquisition_of(config).asked
+    if asked == 'mc_dropout': return max(2, T//2), T, 2*T
+    if asked == 'inconsistency': return (2,)
+    return (config.members,) if asked in ('masksembles', 'ensemble', 'snapshots') else (T,)
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000147
 def _quality(run:OpenRun, r:int, models:list[PADNet], T:int)->dict:
-    config = run.config
-    seed = derive_seed(config.seed, 'quality', r)
-    shown = acquisition_of(config).shown
-    return uncertainty_quality(models, run.test, T, seed, config.estimator, shown)
+    seed = derive_seed(run.config.seed, 'quality', r)
+    acquisition = acquisition_of(run.config)
+    return uncertainty_quality(models, run.test, T, seed, acquisition.asked, acquisition.shown)
 
 # %% ../../nbs/64_runs.loop.ipynb #3411491e
 def _evaluate(run:OpenRun, r:int, models:list[PADNet])->dict:

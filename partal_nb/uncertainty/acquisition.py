@@ -242,6 +242,11 @@ class MapsOfScores(AcquisitionSettings):
         "The quantity that the maps show"
         return _SHOWN.get(next(iter(self.pair_needs), ''), 'entropy')
 
+    @property
+    def asked(self)->str: # one of `uncertainty.passes.ESTIMATORS`
+        "The estimator whose passes the maps are made of"
+        return _ASKED.get(next(iter(self.pair_needs), ''), self.estimator)
+
     def maps(self,
         models,                # the round's network, or those of an ensemble
         x,                     # (B, 3, H, W) tensor, [0, 1]
@@ -249,8 +254,7 @@ class MapsOfScores(AcquisitionSettings):
     )->dict: # task -> (B, h, w) tensor
         "How uncertain the network is at every cell, as the scores see it"
         from partal_nb.uncertainty.maps import entropy_maps # heavy
-        estimator = _ASKED.get(next(iter(self.pair_needs), ''), self.estimator)
-        return entropy_maps(models, x, self.passes, inject, estimator, self.shown)
+        return entropy_maps(models, x, self.passes, inject, self.asked, self.shown)
 
 # %% ../../nbs/43_uncertainty.acquisition.ipynb #42fdf773
 class Acquisition(ScaledScoring, MapsOfScores):
