@@ -59,9 +59,9 @@ class Watched(TorchDispatchMode):
             if waits and way == ('cuda', 'cpu'): self.fetched.append(tuple(out.shape))
         return out
 
-def network(tasks=FIVE, **changes):
+def network(tasks=FIVE, rank_losses=False, **changes):
     "A network, made on the CPU before fake tensors are switched on"
-    return make_model(RunConfig(**SMALL | changes), tasks)
+    return make_model(RunConfig(**SMALL | changes), tasks, rank_losses)
 
 def batch(tasks=FIVE, B=4, device='cuda'):
     shape = lambda t: (B, t.label_channels, 64, 64)
@@ -88,7 +88,7 @@ def test_the_guard_sees_a_mix_and_a_wait():
         assert (seen.blocking, seen.fetched) == ([(4,), (5,), (6,), (7,)], [(2,)])
         assert {'_to_copy', 'copy_'} <= seen.called
 
-@pytest.mark.parametrize('changes', [{}, dict(strategy='learning_loss'), dict(dropout_at='all', message='features'),
+@pytest.mark.parametrize('changes', [{}, dict(rank_losses=True), dict(dropout_at='all', message='features'),
                                      dict(estimator='masksembles'), dict(dropout_kind='channel')], ids=str)
 def test_a_training_step_stays_on_the_card(changes):
     net = network(**changes).train()

@@ -24,7 +24,7 @@ from ..core import derive_seed, pick_device, set_seed, write_atomic, write_json
 from ..tasks import Pair, Task
 from ..pool import Pool, Scores, scores_from_rows, write_scores
 from ..data.dataset import has_label
-from ..select.strategy import acquisition_of, needs_to_show, strategy_of
+from ..select.strategy import acquisition_of, needs_to_show, reads_losses, strategy_of
 from ..runs.schema import AFTER
 from ..runs.ledger import Ledger
 from ..runs.journal import Steps
@@ -243,7 +243,7 @@ def _first_network(p:Project): # -> PADNet, as every round starts from it
     first = p.files.init()
     set_seed(derive_seed(p.config.seed, 'init'))
     is_new = not first.exists()
-    model = make_model(replace(p.config, pretrained=p.config.pretrained and is_new), p.tasks)
+    model = make_model(replace(p.config, pretrained=p.config.pretrained and is_new), p.tasks, reads_losses(p.config))
     if is_new: save_checkpoint(first, model, encoder=model.encoder.weights)
     load_checkpoint(first, model)
     return model

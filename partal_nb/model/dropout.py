@@ -50,7 +50,9 @@ class Masks(nn.Module):
         self.register_buffer('masks', make_masks(channels, n, scale, seed))
 
     def forward(self, x:Tensor)->Tensor: # (B, channels, h, w)
-        if self.training: kept = self.masks[torch.arange(len(x), device=x.device) % len(self.masks)]
+        n = len(self.masks)
+        first = torch.initial_seed() % n if len(x) % n else 0 # the same in all layers of a step
+        if self.training: kept = self.masks[(torch.arange(len(x), device=x.device) + first) % n]
         elif self.which is None: kept = self.masks.mean(0)[None]
         else: kept = self.masks[self.which][None]
         return x*kept[..., None, None].to(x.dtype)

@@ -294,13 +294,13 @@ def decode(self:PADNet,
 def make_model(
     config:RunConfig,       # encoder, width, dropout
     tasks:tuple[Task, ...], # what to predict
+    rank_losses:bool=False, # with a head that predicts an image's loss, see `reads_losses`
 )->PADNet:
     "The network that `config` describes"
     encoder = Encoder(config.encoder, config.pretrained)
     kind = 'masks' if config.estimator == 'masksembles' else config.dropout_kind
     layer = partial(dropout_layer, kind, config.features, config.dropout, config.members)
-    ranks = config.strategy == 'learning_loss'
-    model = PADNet(tasks, encoder, config.features, layer, config.dropout_at, config.message, ranks)
+    model = PADNet(tasks, encoder, config.features, layer, config.dropout_at, config.message, rank_losses)
     model.precision = config.precision
     return model.to(memory_format=torch.channels_last) # convolutions are faster in it, on CPU and GPU
 

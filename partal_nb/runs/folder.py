@@ -80,9 +80,10 @@ class NetworkFiles(RunSettings):
         "A network with the weights in `path`"
         from safetensors import SafetensorError
         from partal_nb.model.padnet import make_model
-        from partal_nb.training.checkpoint import load_checkpoint
-        model = make_model(replace(self.config, pretrained=False), self.tasks)
-        try: load_checkpoint(path, model)
+        from partal_nb.training.checkpoint import has_loss_head, load_checkpoint
+        try: # the head is the file's: the strategy's plug-in may be gone
+            model = make_model(replace(self.config, pretrained=False), self.tasks, has_loss_head(path))
+            load_checkpoint(path, model)
         except (SafetensorError, RuntimeError, KeyError) as e:
             why = textwrap.shorten(str(e), 160) # the list of what does not fit may be long
             raise ValueError(f"{path}: the network can't be read ({why}); "

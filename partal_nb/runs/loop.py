@@ -36,7 +36,7 @@ from ..uncertainty.scale import calibrations
 from ..uncertainty.shards import features_of
 from ..uncertainty.quality import uncertainty_quality
 from ..select.prices import price_of
-from ..select.strategy import acquisition_of, reads_errors, select, strategy_of
+from ..select.strategy import acquisition_of, reads_errors, reads_losses, select, strategy_of
 from ..select.budget import spend
 from .ledger import Ledger
 from .journal import Steps, append_journal
@@ -122,7 +122,7 @@ def _initial_network(run:OpenRun, member:int=0)->PADNet:
     path = run.folder.init(member)
     set_seed(derive_seed(run.config.seed, 'init', *([member] if member else [])))
     pretrained = run.config.pretrained and not path.exists()
-    model = make_model(replace(run.config, pretrained=pretrained), run.arrays.tasks)
+    model = make_model(replace(run.config, pretrained=pretrained), run.arrays.tasks, reads_losses(run.config))
     if not path.exists(): save_checkpoint(path, model, encoder=model.encoder.weights)
     load_checkpoint(path, model)
     return model
@@ -130,9 +130,7 @@ def _initial_network(run:OpenRun, member:int=0)->PADNet:
 # %% ../../nbs/64_runs.loop.ipynb #85eabb20
 def _pseudo_labels(run:OpenRun, r:int)->Pseudo:
     "Predictions of the round before, with all labels injected that were bought since"
-    before = make_model(replace(run.config, pretrained=False), run.arrays.tasks)
-    before = before.to(pick_device(run.config.device))
-    load_checkpoint(run.folder.checkpoint(r - 1), before)
+    before = run.folder.load_model(r - 1, device=run.config.device)
     pool = run.pool(r)
     uncertainty = np.clip(run.folder.scores(r - 1, run.pool(r - 1)).norm, 0, 1)
     trust = run.config.pseudo*(1 - uncertainty)
@@ -184,10 +182,10 @@ def _subsets(tasks:tuple)->list[tuple[str, ...]]: # all that leave a task to pre
 # %% ../../nbs/64_runs.loop.ipynb #c0000148
 def _pass_counts(config:RunConfig)->tuple[int, ...]: # of dropout: half and twice as many, too, to see what they buy
     T = config.passes
-    estimator = acquisition_of(config).asked
-    if estimator == 'mc_dropout': return max(2, T//2), T, 2*T
-    if estimator == 'inconsistency': return (2,)
-    return (config.members,) if estimator in ('masksembles', 'ensemble', 'snapshots') else (T,)
+    asked = acquisition_of(config).asked
+    if asked == 'mc_dropout': return max(2, T//2), T, 2*T
+    if asked == 'inconsistency': return (2,)
+    return (config.members,) if asked in ('masksembles', 'ensemble', 'snapshots') else (T,)
 
 # %% ../../nbs/64_runs.loop.ipynb #c0000147
 def _quality(run:OpenRun, r:int, models:list[PADNet], T:int)->dict:

@@ -37,7 +37,7 @@ from ..training.distributed import PeakMemory, RankTrainer, ReadCheckpoint
 from ..training.hooks import (
     Bar, Checkpoint, Hook, Pseudo, PseudoLabels, RefuseDivergence, Snapshots, Tracker, WeightAverage, load_finished)
 from .executors import THREADS, Work, count_cores, end_with_parent, run_process
-from ..select.strategy import acquisition_of
+from ..select.strategy import reads_losses
 from ..plugins import load_plugins
 
 # %% ../../nbs/62b_runs.ranks.ipynb #cb0235d4
@@ -60,7 +60,7 @@ def check_processes(
     if n > most:
         raise ValueError(f"config processes: expected at most {most}, an image of each batch for each, got {n}; "
                          "use fewer, or a larger batch_size")
-    if 'loss' in acquisition_of(config).needs:
+    if reads_losses(config):
         raise ValueError(f"config processes: strategy {config.strategy!r} compares the images of a batch with each "
                          f"other, and none of {n} processes has them all; use processes=1")
     _check_cards(config)

@@ -242,7 +242,7 @@ def _herd_list(lists:Lists, j:int, rng:Generator)->np.ndarray: # (N,)
     rows = np.flatnonzero(lists.unlabeled[:, j])
     weight = np.ones(N)
     if lists.worth is not None: weight[rows] = lifted(lists.worth[rows, j])
-    seeds = np.flatnonzero(lists.labeled[:, j] & ~lists.unlabeled[:, j])
+    seeds = np.flatnonzero(lists.labeled[:, j]) # of whole images some may be bought again, and come last
     order, gain = herd(lists.read('features'), seeds, rows, int(lists.limits[j]), rng, weight)
     return _in_order(N, order, gain)
 

@@ -29,9 +29,10 @@ def quotas(
     most:np.ndarray,   # (K,) int, pairs that it can get
     budget:float,      # labels, or money
     price:np.ndarray|None=None, # (K,) of a label; None: the budget counts labels
+    first:int=0,       # the task whose turn it is where several are equal
 )->np.ndarray: # (K,) int
     "How many labels each task gets"
-    turns = _turns(weight, start, np.asarray(most, int), np.arange(len(most)))
+    turns = _turns(weight, start, np.asarray(most, int), np.arange(len(most)) != first)
     cost = np.ones(len(weight)) if price is None else price
     paid = cost[turns].cumsum() <= budget*(1 + 1e-9)
     return np.bincount(turns[paid], minlength=len(most))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALED', 'RANKED_IMAGES', 'STRATEGIES', 'Choices', 'worth', 'pick_pairs', 'pick_images', 'strategy', 'from_choices',
            'add_row', 'get_strategy', 'pair_needs', 'needs_to_show', 'check_needed', 'check_picks', 'select',
-           'strategy_of', 'acquisition_of', 'reads_errors', 'check_strategy']
+           'strategy_of', 'acquisition_of', 'reads_errors', 'reads_losses', 'check_strategy']
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000112
 import sys
@@ -72,7 +72,9 @@ def worth(
 def _pair_limit(c:Choices, pool:Pool, budget:int, context:Context, limit)->np.ndarray: # (K,)
     most = np.minimum(pool.open.sum(0), budget)
     if limit is not None: return np.minimum(most, limit)
-    return most if c.shares in RANKED else quotas(*share_weights(c.shares, pool, context), most, budget)
+    if c.shares in RANKED: return most
+    weights = share_weights(c.shares, pool, context)
+    return np.array([quotas(*weights, most, budget, first=k)[k] for k in range(len(most))]) # however ties fall
 
 # %% ../../nbs/55_select.strategy.ipynb #58a5152b
 def pick_pairs(
@@ -328,6 +330,13 @@ def reads_errors(
     choices = strategy_of(config).choices
     by_return = choices is not None and choices.shares == 'return'
     return by_return or config.normalizer == 'calibrated'
+
+# %% ../../nbs/55_select.strategy.ipynb #f3cc5e2b
+def reads_losses(
+    config, # RunConfig
+)->bool:
+    "Does a run read predicted losses, so that its networks need a head for them"
+    return 'loss' in acquisition_of(config).needs
 
 # %% ../../nbs/55_select.strategy.ipynb #aa39cbf0
 def check_strategy(

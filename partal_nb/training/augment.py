@@ -131,11 +131,11 @@ def moved(self:Distance, y, task, flip, zoom, angle):
 @patch
 def moved(self:Direction, y, task, flip, zoom, angle):
     "A flip negates x; a turn turns x and y"
-    if task.channels != 3: return y
+    if task.channels not in (2, 3): return y
     like = lambda a: to_device(torch.as_tensor(a, dtype=y.dtype), y.device)
-    if flip.any(): y = y*like(np.where(flip[:, None], [-1, 1, 1], 1))[..., None, None]
+    if flip.any(): y = y*like(np.where(flip[:, None], [-1, 1, 1], 1))[:, :task.channels, None, None]
     if not angle.any(): return y
-    nx, ny, nz = y.split(1, 1)
+    nx, ny, nz = y[:, :1], y[:, 1:2], y[:, 2:]
     c = like(np.cos(angle)).view(-1, 1, 1, 1)
     s = like(np.sin(angle)).view(-1, 1, 1, 1)
     return torch.cat([c*nx - s*ny, s*nx + c*ny, nz], 1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..core import derive_seed
 from ..tasks import Task
 from ..data.arrays import Arrays, unit_rgb
 from ..model.encoder import log
@@ -169,13 +170,15 @@ class Checkpoint(Hook):
 # %% ../../nbs/33_training.hooks.ipynb #0f1ae860
 def warn_of_mix(
     where,      # the file that says what it was begun with
-    begun:dict, # `device`, `precision`, `threads`, `tf32`; empty: an earlier version has not written them
+    begun:dict, # `device`, `precision`, `threads`, `tf32`, `processes`; empty: an earlier version has not written them
     now:dict,   # likewise
 ):
     "Warn that a training or a run resumes with other arithmetic than it was begun with"
     begun, now = (dict(processes=1) | how if how else how for how in (begun, now)) # not written where it is 1
     other = sorted(f'{k} {begun[k]}, now {now[k]}' for k in begun.keys() & now if begun[k] != now[k])
-    if other: log.warning("%s: begun with %s; numbers differ in the last digits", where, ', '.join(other))
+    apart = any(o.startswith('processes') for o in other)
+    effect = 'as with another seed, since each process draws its own dropout' if apart else 'in the last digits'
+    if other: log.warning("%s: begun with %s; numbers differ %s", where, ', '.join(other), effect)
 
 # %% ../../nbs/33_training.hooks.ipynb #02decf17
 @patch
@@ -334,4 +337,5 @@ class PseudoLabels(Hook):
     def start(self, trainer): self.pseudo = self.make()
 
     def after_draw(self, trainer, index, labels):
-        self.pseudo.fill(index, labels, np.random.default_rng(trainer.step_seed))
+        seed = derive_seed(trainer.step_seed, 'pseudo') # other numbers than those of the flips
+        self.pseudo.fill(index, labels, np.random.default_rng(seed))

@@ -342,15 +342,15 @@ def train(
     save_every:float=60,  # seconds between unfinished checkpoints
     progress:bool=True,   # show a bar
     pseudo:Callable[[], Pseudo]|None=None, # makes the predictions that stand in for missing labels
-    hooks:tuple[Hook, ...]=(), # more hooks, called after the others
+    hooks:tuple[Hook, ...]=(), # more hooks, called after the others, and before what they keep is saved
 )->dict: # `steps`, `seconds`, `loss` (mean of the last tenth), `curve` [[step, loss], …], `resolved`
     "Train one round, or resume it, or only load it if it is finished"
     if config.processes > 1:
         raise ValueError(f"config processes: {config.processes} are for `partal run`, here is one; set it to 1")
     checkpoint = Checkpoint(path, save_every)
     own = [WeightAverage()] if config.ema else []
-    own += [Tracker(), Snapshots(path), RefuseDivergence(), checkpoint, Bar(progress)]
+    own += [Tracker(), Snapshots(path), RefuseDivergence()]
     if pseudo: own.append(PseudoLabels(pseudo))
     if model.loss_head: own.append(LossPrediction())
-    trainer = Trainer(model, arrays, labeled, config, r, (*own, *hooks))
+    trainer = Trainer(model, arrays, labeled, config, r, (*own, *hooks, checkpoint, Bar(progress)))
     return load_finished(checkpoint, model) or trainer.fit()

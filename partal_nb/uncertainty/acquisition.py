@@ -244,7 +244,7 @@ class MapsOfScores(AcquisitionSettings):
 
     @property
     def asked(self)->str: # one of `uncertainty.passes.ESTIMATORS`
-        "The estimator that the maps are made by"
+        "The estimator whose passes the maps are made of"
         return _ASKED.get(next(iter(self.pair_needs), ''), self.estimator)
 
     def maps(self,

@@ -144,7 +144,7 @@ def predicted_losses(
 )->np.ndarray: # (N, K), an image's number at each of its pairs to score, NaN elsewhere
     "The loss that the loss head predicts for each image; only the order means anything (Yoo and Kweon 2019)"
     model.eval()
-    if model.loss_head is None: raise ValueError("the network has no loss head; make it with strategy='learning_loss'")
+    if model.loss_head is None: raise ValueError("the network has no loss head; make it with rank_losses=True")
     device = next(model.parameters()).device
     nothing = np.zeros(pairs.shape, bool)
     index = np.flatnonzero(pairs.any(1))
