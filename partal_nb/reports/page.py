@@ -129,8 +129,7 @@ def curves_against_money(
     df = study.table
     price = df.cost/df.pairs
     if np.allclose(price, price.iloc[0]):
-        text = f'The mean price per label was the same, {price.iloc[0]:g}: against money the picture is the same.'
-        return Part(title, text)
+        return Part(title, f'In the mean all labels cost {price.iloc[0]:g}: against money the picture is the same.')
     figures = task_curves(df, 'cost', study.reference())
     return Part(title, 'The same against the cost of the labels.', figures, data=over_seeds(df)[lambda d: d.main])
 
