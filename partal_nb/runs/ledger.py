@@ -9,7 +9,6 @@ __all__ = ['LedgerEvents', 'LedgerChecks', 'LedgerReveal', 'Entry', 'LedgerAsk',
 
 # %% ../../nbs/60_runs.ledger.ipynb #c0000131
 import operator
-
 import sqlite3
 from contextlib import closing
 from datetime import datetime, timezone
