@@ -27,7 +27,7 @@ from ..select.prices import Prices, Tariff, learn_prices, least_total, price_of,
 from ..select.pick import start_rows
 from ..select.shares import RANKED
 from ..uncertainty.acquisition import need_names
-from ..select.strategy import strategy_of
+from ..select.strategy import check_score, strategy_of
 from ..select.budget import check_ranking, follow, spend
 
 # %% ../../nbs/57_annotate.plan.ipynb #071b6e8f
@@ -209,6 +209,7 @@ def project_config(
     config = config_from_dict(given)
     if 'start_by' not in changes and config.pretrained: config = replace(config, start_by=START_BY)
     _check_supported(config)
+    check_score(config)
     check_ranking(strategy_of(config), tasks)
     return config
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALED', 'RANKED_IMAGES', 'STRATEGIES', 'Choices', 'worth', 'pick_pairs', 'pick_images', 'strategy', 'from_choices',
            'add_row', 'get_strategy', 'pair_needs', 'needs_to_show', 'check_needed', 'check_picks', 'select',
-           'strategy_of', 'acquisition_of', 'reads_errors', 'reads_losses', 'check_strategy']
+           'strategy_of', 'acquisition_of', 'reads_errors', 'reads_losses', 'check_score', 'check_strategy']
 
 # %% ../../nbs/55_select.strategy.ipynb #c0000112
 import sys
@@ -338,11 +338,22 @@ def reads_losses(
     "Does a run read predicted losses, so that its networks need a head for them"
     return 'loss' in acquisition_of(config).needs
 
+# %% ../../nbs/55_select.strategy.ipynb #40a3b846
+def check_score(
+    config, # RunConfig
+):
+    "Refuse a score that the strategy of a configuration would not read"
+    f = strategy_of(config)
+    if config.score and config.score not in need_names(f.needs):
+        raise ValueError(f"score={config.score}: strategy {f.strategy!r} reads no score of pairs; leave it empty, "
+                         "or choose a pick that reads one: 'top', 'power' or 'herd'")
+
 # %% ../../nbs/55_select.strategy.ipynb #aa39cbf0
 def check_strategy(
     config,    # RunConfig
     pool:Pool, # of the run
 ):
-    "Refuse choices that do not go together, and shares of tasks that there are not"
+    "Refuse choices that do not go together, a score that is not read, and shares of tasks that there are not"
+    check_score(config)
     choices = strategy_of(config).choices
     if choices and choices.shares not in RANKED: share_weights(choices.shares, pool, Context())

@@ -65,6 +65,8 @@ def cycle_ends(
 )->list[int]: # steps done at the end of each cycle
     "How a round's steps are cut into cycles of the learning rate: one, unless snapshots are taken"
     n = config.members if config.estimator == 'snapshots' else 1
+    if n > total:
+        raise ValueError(f"config members: {n} snapshots of a round of {total} steps; use fewer, or train for longer")
     return [total*(i + 1)//n for i in range(n)]
 
 # %% ../../nbs/31_training.schedule.ipynb #c00000c5
