@@ -121,15 +121,27 @@ def only_prepares(
     constant = lambda n: isinstance(n, ast.Assign) and not any(isinstance(x, ast.Call) for x in ast.walk(n.value))
     return all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) or constant(n) for n in body)
 
+# %% ../../nbs/08a_dev.live.ipynb #9e58aac1
+def _fold_preparation(cell, before): # before: a folded one that it may join, or None; what the next one may join
+    joins = before is not None and not cell.outputs
+    if joins: before['source'] += f'\n\n{cell.source}'
+    cell['source'] = None if joins else FOLD.replace('Tests', 'Preparation') + cell.source # None: it is dropped
+    if cell.outputs: return None
+    return before if joins else cell
+
 # %% ../../nbs/08a_dev.live.ipynb #b85ea2bb
 LONG = 12 # lines that an explanation still shows
 class FoldTests(Processor):
-    "Cells of tests are folded, in explanations also those that only prepare and long ones"
-    def begin(self): self.explains = Path(self.nb.path_).parent.name == 'explain'
+    "Cells of tests are folded, in explanations also those that only prepare, in one piece, and long ones"
+    def begin(self):
+        self.explains = Path(self.nb.path_).parent.name == 'explain'
+        self.open = None
 
     def cell(self, cell):
+        if 'hide' in getattr(cell, 'directives_', {}): return # is no part of the page
+        before, self.open = self.open, None
         if cell.cell_type != 'code' or 'code-fold:' in cell.source: return
         if re.search(r'^(assert |test_\w+\()', cell.source, re.M): cell['source'] = FOLD + cell.source
         elif not self.explains or 'echo:' in cell.source: return
-        elif only_prepares(cell.source): cell['source'] = FOLD.replace('Tests', 'Preparation') + cell.source
+        elif only_prepares(cell.source): self.open = _fold_preparation(cell, before)
         elif cell.source.count('\n') >= LONG: cell['source'] = FOLD.replace('Tests', 'Code') + cell.source
