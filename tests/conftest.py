@@ -42,6 +42,13 @@ def tools()->Path:
     pytest.skip(f"no annotation tools in {home}, or where PARTAL_TOOLS says: `make tools` installs them")
 
 @pytest.fixture(scope='session')
+def fiftyone()->Path:
+    "The Python that has FiftyOne, which wants other versions, too"
+    home = Path(os.environ.get('PARTAL_FIFTYONE') or Path(__file__).parents[1]/'.venv'/'fiftyone')
+    if (home/'bin'/'fiftyone').is_file(): return home/'bin'/'python'
+    pytest.skip(f"no FiftyOne in {home}, or where PARTAL_FIFTYONE says: `make tools` installs it")
+
+@pytest.fixture(scope='session')
 def studio(tools, tmp_path_factory):
     "A running Label Studio"
     from studio import running_studio

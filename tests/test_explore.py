@@ -1,4 +1,5 @@
 "The explorers in a real browser, in JupyterLab and as apps of `partal explore`: mouse, keyboard, and bad run folders"
+import json
 import os
 import re
 import shutil
@@ -501,6 +502,47 @@ def test_a_recording_for_rerun(opened, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, '10 images, to be opened with `rerun run.rrd`\n'), done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['run.rrd'] and (tmp_path/'run.rrd').stat().st_size > 10_000
+
+@pytest.fixture(scope='module')
+def samples(opened, tmp_path_factory): # a folder for FiftyOne
+    place = tmp_path_factory.mktemp('samples')
+    command = [BIN/'partal', 'explore', opened.folder.path, '--fiftyone', 'out']
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=place)
+    said = '10 images; where FiftyOne is installed, `python out/load.py` makes a dataset of them\n'
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+    assert [p.name for p in place.iterdir()] == ['out']
+    return place/'out'
+
+READ = '''
+import json, sys, fiftyone as fo
+d = fo.load_dataset(sys.argv[1])
+def seen(s): return dict(
+    tags=s.tags, score=s.score_depth, mask=s.true_semseg and s.true_semseg.get_mask().tolist(),
+    heat=s.entropy_depth.get_map().tolist(), file=s.filepath)
+print(json.dumps(dict(rows={s.image_id: seen(s) for s in d}, targets=d.mask_targets, info=d.info)))'''
+
+def test_fiftyone_reads_what_was_written(samples, opened, fiftyone, tmp_path):
+    "In an environment that has nothing of ours: tags, scores, masks and heat maps of every image"
+    own = dict(FIFTYONE_DATABASE_DIR=tmp_path/'db', FIFTYONE_CONFIG_PATH=tmp_path/'config.json',
+               FIFTYONE_DO_NOT_TRACK='true', FIFTYONE_DATABASE_VALIDATION='false')
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {k: str(v) for k, v in own.items()}
+    def ask(*words): return subprocess.run(
+        [str(fiftyone), *map(str, words)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    made = ask(samples/'load.py', 'mine')
+    assert made.returncode == 0 and made.stdout.endswith('10 images; fiftyone app launch mine\n'), made.stderr[-2000:]
+    again = ask(samples/'load.py', 'mine')
+    assert again.returncode and "FiftyOne has a dataset 'mine'; give another name" in again.stderr
+    found = json.loads(ask('-c', READ, 'mine').stdout.splitlines()[-1])
+    assert list(found['rows']) == list(opened.pool.images) and found['info']['round'] == opened.last
+    scores, since, semseg = opened.scores(0).norm[:, 1], opened.since()[:, 1], opened.tasks[0]
+    classes = dict(enumerate(semseg.form.names(semseg), 1))
+    assert found['targets']['true_semseg'] == {str(k): name for k, name in classes.items()}
+    for n, row in enumerate(found['rows'].values()):
+        assert row['score'] == (pytest.approx(scores[n]) if np.isfinite(scores[n]) else None)
+        assert f"depth: {['unlabeled', 'start', 'after round 0'][since[n] + 1]}" in row['tags']
+        assert np.array_equal(row['mask'], np.asarray(opened.pool.labels['semseg'][n])[..., 0].astype(int) + 1)
+        heat = np.asarray(Image.open(samples/'entropy_depth'/f'{opened.pool.images[n]}.png'))
+        assert np.array_equal(row['heat'], heat) and Path(row['file']).is_file()
 
 def test_the_demo_run_is_never_made_among_photographs(tmp_path):
     photos = [tmp_path/f'{i}.jpg' for i in range(3)]

@@ -35,6 +35,7 @@ from ..config import OLD_FIELDS, PRESETS, RunConfig, did_you_mean
 def plain_errors():
     "Bad input ends with one clear line and exit code 2, what the same command may do later with 1: no traceback"
     try: yield
+    except BrokenPipeError: raise # who reads has gone, as `head` does: Typer ends in silence
     except (ValueError, TypeError, OSError) as e:
         typer.echo(f'partal: {e}', err=True)
         raise typer.Exit(1 if isinstance(e, NotDone) else 2) from e

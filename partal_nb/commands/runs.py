@@ -209,6 +209,13 @@ def _record(run_folder:Path, file:Path):
     n = write_recording(open_view(run_folder), file)
     typer.echo(f'{n} images, to be opened with `rerun {file}`')
 
+# %% ../../nbs/97_commands.runs.ipynb #bb9d0cd5
+def _write_samples(run_folder:Path, folder:Path):
+    from partal_nb.explore.chooser import open_view
+    from partal_nb.explore.fiftyone import write_samples
+    n = write_samples(open_view(run_folder), folder)
+    typer.echo(f'{n} images; where FiftyOne is installed, `python {folder}/load.py` makes a dataset of them')
+
 # %% ../../nbs/97_commands.runs.ipynb #c00002b5
 def explore(
     run_folder:Annotated[Path, typer.Argument(
@@ -217,6 +224,8 @@ def explore(
     port:Annotated[int, typer.Option(help="Port on 127.0.0.1.")]=8866,
     rerun:Annotated[Optional[Path], typer.Option(
         metavar='FILE', help="Write 24 images as a recording for the Rerun viewer (.rrd) instead.")]=None,
+    fiftyone:Annotated[Optional[Path], typer.Option(
+        metavar='FOLDER', help="Write the pool as a folder that FiftyOne loads instead.")]=None,
     plugins:Imports=None,
 ):
     "Look at a run in the browser: entropy maps, purchases, injected labels. Ctrl-C ends it."
@@ -224,6 +233,7 @@ def explore(
     with plain_errors():
         load_plugins(plugins or ())
         if rerun: return _record(run_folder, rerun)
+        if fiftyone: return _write_samples(run_folder, fiftyone)
         command = voila_command(name, port)
         _check_explorable(run_folder)
         _check_port(port)
