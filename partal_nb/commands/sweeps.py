@@ -37,12 +37,14 @@ def _sweep_runs(
     return grid(preset_name, names, parse_seeds(seeds or '0-2'), out, **changed)
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #97dcfa4e
-def _planned(plan:Path, seeds:str, out:Path, given:dict)->dict[Path, RunConfig]:
+def _planned(plan:Path, seeds:str, out:Path, data:str, given:dict)->dict[Path, RunConfig]:
     from partal_nb.runs.plan import planned_runs, read_plan
     from partal_nb.runs.sweep import parse_seeds
     twice = [f'--{name}' for name, value in given.items() if value]
     if twice: raise ValueError(f"{', '.join(twice)}: a plan decides that; leave it out, or write another plan")
-    return planned_runs(read_plan(plan), out, tuple(parse_seeds(seeds)) if seeds else ())
+    runs = planned_runs(read_plan(plan), out, tuple(parse_seeds(seeds)) if seeds else (), data)
+    if all(c.data for c in runs.values()): return runs
+    raise ValueError(f"{plan} names no data set; give its folder, --data FOLDER")
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #a97f0009
 def _report_left(runs:dict[Path, RunConfig], stopped:bool)->bool: # is all of it done?
@@ -181,8 +183,8 @@ def sweep(
     with plain_errors():
         changed = parse_changes(changes, dict(preset='preset', strategy='strategies', seed='seeds', data='data'))
         load_plugins(plugins or ())
-        given = dict(strategies=strategies, preset=preset_name, data=data, set=changed)
-        if plan: runs = _planned(plan, seeds, out, given)
+        given = dict(strategies=strategies, preset=preset_name, set=changed)
+        if plan: runs = _planned(plan, seeds, out, data, given)
         else: runs = _sweep_runs(preset_name or 'demo', strategies, seeds, out, data, changed)
         trackers = _trackers(track) if track else ()
         if only_print: return _print_commands(runs, kernel, trackers)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ..runs.plan import StudyPlan, arm_config, read_plan
+from ..runs.plan import StudyPlan, arm_config, plan_budget, read_plan
 from .read import read_planned, tidy
 from .compare import compare_arms, conclusions, labels_saved
 
@@ -31,14 +31,14 @@ def savings(
     df:pd.DataFrame, # of the finished seeds, see `tidy`; arms as strategies
 )->pd.DataFrame: # a row a longer arm (`rival`) and another arm, with what `labels_saved` finds
     "What each arm saves against those that buy for longer"
-    return pd.DataFrame([dict(rival=rival, arm=arm) | labels_saved(df, arm, rival)
+    return pd.DataFrame([dict(rival=rival, arm=arm) | labels_saved(df, arm, rival, plan_budget(plan).axis)
                          for rival in longer_arms(plan) for arm in plan.arms if arm != rival])
 
 # %% ../../nbs/72a_reports.planned.ipynb #571b3620
 def saving_text(
     row, # of `savings`
 )->str: # e.g. `391 (8 % [2, 12] saved)`
-    "How many labels a longer arm needs to come as far"
+    "How many labels, or how much money, a longer arm needs to come as far"
     saved, low, high = (f'{100*share:.0f}' for share in (row.saved, row.low, row.high))
     if math.isnan(row.needs): return f'more than it bought (at least {saved} % saved)'
     bound = '≥ ' if row.reached < 1 else '' # in some draws it does not come as far
@@ -74,14 +74,15 @@ def study_standing(
 )->Standing|None: # None: fewer than two seeds
     "How far a study is in one pool, and which arm leads"
     if df.empty or df.seed.nunique() < 2: return None
-    table = conclusions(compare_arms(df, plan.reference, OTHER_METRICS))
+    budget = plan_budget(plan)
+    table = conclusions(compare_arms(df, plan.reference, OTHER_METRICS, budget.axis))
     best = table.loc[table['mean'].idxmax()]
     lead = f"{best['mean']:+.1f} % [{best.low:+.1f}, {best.high:+.1f}]"
     better = tuple(table.index[table.verdict == 'better'])
     where = f"{plan.name}, {pool}" if pool else plan.name
     own = [row for row in savings(plan, df).itertuples() if row.arm == best.name]
     took = ' and '.join(f'`{row.rival}` {saving_text(row)}' for row in own)
-    saved = f'; what it reaches with {own[0].at:.0f} labels takes {took}' if own else ''
+    saved = f'; what it reaches with {own[0].at:.0f} {budget.unit} takes {took}' if own else ''
     return Standing(where, df.seed.nunique(), len(plan.seeds), plan.reference, str(best.name), lead, saved, better)
 
 # %% ../../nbs/72a_reports.planned.ipynb #c72a0009

@@ -295,15 +295,17 @@ def _origin(folder:RunFolder)->dict: # what made its numbers; older versions wro
     how = [line.get('resolved', {}) for line in folder.journal()]
     devices = {machine.get('device'), *(h.get('device', machine.get('device')) for h in how)}
     precisions = {h.get('precision') for h in how}
-    return dict(commit=about.get('commit'), versions=about.get('versions'), threads=machine.get('threads'),
-                processes=about['config'].get('processes', 1),
+    config = about['config']
+    data = about['data']['fingerprint'] if config['data'] != 'rooms' else '' # seeds may have rooms of their own
+    return dict(commit=about.get('commit'), data=data, versions=about.get('versions'), threads=machine.get('threads'),
+                processes=config.get('processes', 1),
                 device=sorted(map(str, devices)), precision=sorted(map(str, precisions)))
 
 # %% ../../nbs/70_reports.read.ipynb #6acebbf4
 def check_one_origin(
     folders:Iterable, # of runs that are compared
 ):
-    "Refuse runs of one comparison that different commits, versions or kinds of machine made"
+    "Refuse runs of one comparison that different commits, data, versions or kinds of machine made"
     origins = {f: _origin(RunFolder(f)) for f in folders}
     for f, origin in origins.items():
         if str(origin['commit']).endswith('-dirty'):
@@ -313,8 +315,9 @@ def check_one_origin(
         one, first = next(iter(origins.items()))
         differ = {k: (first[k], v) for k, v in origin.items() if v != first[k]}
         if differ:
-            raise ValueError(f"{one} and {f}: expected one commit, versions, threads, processes, device, precision, "
-                             f"got {differ}; make the runs of a comparison again, from one checkout on like machines")
+            raise ValueError(f"{one} and {f}: expected one commit, data, versions, threads, processes, device, "
+                             f"precision, got {differ}; make the runs of a comparison again, "
+                             "from one checkout on like machines")
 
 # %% ../../nbs/70_reports.read.ipynb #039d5f88
 def read_planned(
