@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'ORACLES', 'HEADLINE_COLUMNS', 'ALL', 'SAME', 'SAME_LENGTH', 'LEAST_SEEDS', 'HEADLINE_MARKS', 'HEAD',
-           'MEANING', 'PLANNED', 'change_in_percent', 'run_folders_of', 'beside', 'starts_alike', 'study_changes',
-           'changes', 'judged', 'signed_spread', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline',
+           'MEANING', 'UNPLANNED', 'PLANNED', 'change_in_percent', 'run_folders_of', 'beside', 'starts_alike',
+           'study_changes', 'changes', 'judged', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline',
            'with_headline', 'update_headline']
 
 # %% ../../nbs/73a_reports.headline.ipynb #3ff65f6b
@@ -16,7 +16,7 @@ import pandas as pd
 from ..core import write_atomic
 from ..statistics import interval
 from .read import RunRecord, main_metrics, named_rows, read_run, read_study
-from .planned import planned_claim, standings
+from .planned import planned_claim, signed_spread, standings
 from ..runs.folder import RunFolder
 
 # %% ../../nbs/73a_reports.headline.ipynb #95f9f118
@@ -119,14 +119,6 @@ def judged(
     low, high = interval(d.change.to_numpy(), 1 - .05/among)
     return 'better' if low > 0 else 'worse' if high < 0 else 'inconclusive'
 
-# %% ../../nbs/73a_reports.headline.ipynb #b5fb9636
-def signed_spread(
-    values:pd.Series, # over seeds, %
-)->str: # e.g. `+1.5 ± 0.6`
-    "Mean and standard deviation with a sign"
-    mean = f'{values.mean():+.1f}'.replace('-', '−')
-    return f'{mean} ± {values.std():.1f}' if len(values) > 1 else mean
-
 # %% ../../nbs/73a_reports.headline.ipynb #1603cf2a
 def by_strategy(
     df:pd.DataFrame, # of `changes`
@@ -176,27 +168,31 @@ def headline_claim(
     found = fair[fair.verdict == 'better']
     behind = fair[(fair.strategy == 'partal') & (fair['mean'] < 0)].data.unique()
     also = f'; in the mean partal is behind them on {" and on ".join(behind)}' if len(behind) else ''
-    if found.empty: return f'No strategy has been shown to beat random pairs over all tasks yet{also}.'
+    if found.empty: return f'no strategy has been shown to beat random pairs over all tasks{also}.'
     names = ', '.join(f'{r.strategy} ({r.study}, {r.seeds} seeds)' for r in named_rows(found))
-    return f'Shown to beat random pairs over all tasks: {names}.'
+    return f'shown to beat random pairs over all tasks: {names}.'
 
 # %% ../../nbs/73a_reports.headline.ipynb #77465ab8
 HEADLINE_MARKS = ('<!-- headline -->', '<!-- end of headline -->')
 HEAD = '| strategy | images, seeds | all tasks, % | each task, % | verdict |\n|:--|:--|--:|:--|:--|'
 MEANING = ('The table has how much better (+) or worse (−) than random pairs for the same money, '
-           'in % of the metric with all labels, mean ± one standard deviation over seeds.')
+           'mean ± one standard deviation over seeds: of planned studies in % of random pairs\' metric, '
+           'of others in % of the metric with all labels.')
+UNPLANNED = 'Studies without a plan'
 PLANNED = 'Studies [planned before their first run](nbs/explain/does_choosing_pay.ipynb)'
 
 # %% ../../nbs/73a_reports.headline.ipynb #57cc6c2b
 def headline(
     results, # folder with a folder for each study; plans of studies lie beside it, in `plans`
-)->str: # Markdown: two sentences, a table, and where the planned studies stand
+)->str: # Markdown: what planned studies have shown, what others have, and a table of both
     "Does it help?"
     table = by_strategy(changes(results))
-    rows = [headline_row(r) for r in named_rows(chosen(table))]
     plans = Path(results).parent/'plans'
-    planned = ['', f'{PLANNED}: {planned_claim(standings(plans, results))}']*plans.is_dir()
-    return '\n'.join([f'**{headline_claim(table)}** {MEANING}', '', HEAD, *rows, *planned])
+    found = standings(plans, results)
+    planned = [f'{PLANNED}: {planned_claim(found)}', '']*plans.is_dir()
+    rows = [row for s in found if s.is_whole for row in s.rows] + list(named_rows(chosen(table)))
+    others = f'{UNPLANNED}: {headline_claim(table)} {MEANING}'
+    return '\n'.join([*planned, others, '', HEAD, *map(headline_row, rows)])
 
 # %% ../../nbs/73a_reports.headline.ipynb #e9943b73
 def with_headline(
