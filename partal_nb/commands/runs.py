@@ -9,6 +9,7 @@ __all__ = ['APPS', 'CULL', 'OWN_ONLY', 'config', 'of_project', 'run', 'notebook'
 # %% ../../nbs/97_commands.runs.ipynb #a97f0003
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,8 @@ def _write_samples(run_folder:Path, folder:Path):
     from partal_nb.explore.chooser import open_view
     from partal_nb.explore.fiftyone import write_samples
     n = write_samples(open_view(run_folder), folder)
-    typer.echo(f'{n} images; where FiftyOne is installed, `python {folder}/load.py` makes a dataset of them')
+    script = shlex.quote(str(folder/'load.py'))
+    typer.echo(f'{n} images; where FiftyOne is installed, `python {script}` makes a dataset of them')
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002b5
 def explore(

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ..core import inside, part_beside
 from ..forms import Classes, Form
 from ..tasks import Task
-from ..runs.pictures import as_label, paint
+from ..runs.pictures import paint
 from .run import RunView
-from .known import known_labels
+from .known import task_pictures
 from .pool import badges
 
 # %% ../../nbs/96c_explore.fiftyone.ipynb #d7f7ba96
@@ -62,18 +62,11 @@ def sample_pictures(
     image:int, # row of the pool
 )->SamplePictures:
     "What is known, predicted and uncertain in an image"
-    size = run.config.height, run.config.width
-    estimator = run.estimators(r)[0]
-    spans = run.entropy_spans(estimator)
-    output = run.output('pool', image, r, run.injected(r, image), 0, estimator)
-    true = known_labels(run, image)
     masks, heat = {}, {}
-    for t in run.tasks:
-        if t.name in true: masks[f'true_{t.name}'] = as_mask(t.form, t, true[t.name])
-        masks[f'predicted_{t.name}'] = as_mask(t.form, t, as_label(t, output.final[t.name], size))
-        low, high = spans[t.name]
-        share = np.clip((output.maps[t.name] - low)/(high - low), 0, 1)
-        heat[f'entropy_{t.name}'] = np.round(255*share).astype(np.uint8)
+    for t, true, predicted, uncertainty in task_pictures(run, r, image):
+        if true is not None: masks[f'true_{t.name}'] = as_mask(t.form, t, true)
+        masks[f'predicted_{t.name}'] = as_mask(t.form, t, predicted)
+        heat[f'entropy_{t.name}'] = np.round(255*uncertainty).astype(np.uint8)
     return SamplePictures(masks, heat)
 
 # %% ../../nbs/96c_explore.fiftyone.ipynb #43e380cc
@@ -111,7 +104,9 @@ def write_samples(
     "Write a run as a folder for FiftyOne"
     out = Path(out)
     if out.exists(): raise FileExistsError(f"{out} exists; give a new folder for FiftyOne")
-    rows, scores, r = range(len(run.pool)) if images is None else list(images), _scores(run), run.last
+    rows = range(len(run.pool)) if images is None else list(images)
+    if not rows: raise ValueError("images: expected at least one row of the pool, got none")
+    scores, r = _scores(run), run.last
     spans = run.entropy_spans(run.estimators(r)[0])
     part = part_beside(out)
     shutil.rmtree(part, ignore_errors=True)

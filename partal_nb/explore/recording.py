@@ -15,9 +15,9 @@ import numpy as np
 
 from ..forms import Classes, Distance, Form
 from ..tasks import Task
-from ..runs.pictures import as_label, paint
+from ..runs.pictures import paint
 from .run import RunView, spread
-from .known import known_labels
+from .known import task_pictures
 
 # %% ../../nbs/96a_explore.recording.ipynb #b74a5742
 def rerun_module():
@@ -69,9 +69,8 @@ def _bought_text(run:RunView, r:int, image:int)->str: # Markdown
     return '\n'.join([f'**{run.pool.images[image]}**, labels of round {r}:', '', *(lines or ['none'])])
 
 # %% ../../nbs/96a_explore.recording.ipynb #078c13ed
-def _heat(entropy:np.ndarray, span:tuple)->np.ndarray: # (h, w), nats; lowest, highest -> (h, w, 3) uint8
-    share = np.clip((entropy - span[0])/(span[1] - span[0]), 0, 1)
-    return np.round(255*matplotlib.colormaps['viridis'](share)[..., :3]).astype(np.uint8)
+def _heat(uncertainty:np.ndarray)->np.ndarray: # (h, w) in [0, 1] -> (h, w, 3) uint8
+    return np.round(255*matplotlib.colormaps['viridis'](uncertainty)[..., :3]).astype(np.uint8)
 
 # %% ../../nbs/96a_explore.recording.ipynb #a0ec894e
 def image_entities(
@@ -81,16 +80,11 @@ def image_entities(
 )->dict: # path below `camera` -> an archetype of Rerun
     "All pictures of one image"
     rr = rerun_module()
-    size = run.config.height, run.config.width
-    estimator = run.estimators(r)[0]
-    spans = run.entropy_spans(estimator)
-    output = run.output('pool', image, r, run.injected(r, image), 0, estimator)
     found = dict(photo=rr.Image(np.asarray(run.pool.rgb[image])))
-    true = known_labels(run, image)
-    for t in run.tasks:
-        if t.name in true: found[f'true/{t.name}'] = as_entity(t.form, t, true[t.name])
-        found[f'predicted/{t.name}'] = as_entity(t.form, t, as_label(t, output.final[t.name], size))
-        found[f'entropy/{t.name}'] = rr.Image(_heat(output.maps[t.name], spans[t.name]))
+    for t, true, predicted, uncertainty in task_pictures(run, r, image):
+        if true is not None: found[f'true/{t.name}'] = as_entity(t.form, t, true)
+        found[f'predicted/{t.name}'] = as_entity(t.form, t, predicted)
+        found[f'entropy/{t.name}'] = rr.Image(_heat(uncertainty))
     return found
 
 # %% ../../nbs/96a_explore.recording.ipynb #eeb0fe14
