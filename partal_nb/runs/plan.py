@@ -114,6 +114,6 @@ def planned_runs(
     runs = {Path(out)/pool/f'{arm}-{seed}': arm_config(plan, pool, arm, seed)
             for seed in seeds or plan.seeds for pool in plan.pools for arm in plan.arms}
     own = sorted({c.data for c in runs.values()} - {''})
-    if data == 'rooms': raise ValueError(f"data 'rooms': {plan.name} names no data set; expected the folder of one")
     if data and own: raise ValueError(f"data {data!r}: {plan.name} is planned with {', '.join(own)}; leave it out")
+    if data == 'rooms': raise ValueError(f"data 'rooms': {plan.name} names no data set; expected the folder of one")
     return {folder: replace(c, data=data or c.data) for folder, c in runs.items()}
