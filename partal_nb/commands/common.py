@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['AsJson', 'Preset', 'Changes', 'Imports', 'Data', 'Kernel', 'QUIET_KERNEL', 'START_TIMEOUT', 'plain_errors',
            'jsonable', 'show', 'use_utf8', 'this_command', 'parse_change', 'parse_changes', 'templates', 'template',
-           'purpose', 'injected_names', 'given_changes', 'json_object', 'pinned_cards', 'check_kernel', 'papermill',
-           'execute']
+           'purpose', 'injected_names', 'given_changes', 'json_object', 'pinned_cards', 'check_kernel', 'execute']
 
 # %% ../../nbs/79_commands.common.ipynb #a96f0003
 import ast
@@ -22,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Optional
 
 import typer
@@ -211,17 +209,10 @@ def check_kernel(
     if given not in (None, pinned) and not cards:
         typer.echo(f'kernel {kernel} sees GPU {pinned}, its own; CUDA_VISIBLE_DEVICES is {given!r} here', err=True)
 
-# %% ../../nbs/79_commands.common.ipynb #561d78d4
-def papermill()->ModuleType:
-    "papermill, imported without the grammars of web addresses"
-    grammars = sys.modules.setdefault('rfc3987_syntax', None) # type: ignore[arg-type] # None: an import of it fails
-    import papermill
-    if grammars is None: del sys.modules['rfc3987_syntax']
-    return papermill
-
 # %% ../../nbs/79_commands.common.ipynb #a96f0010
 def _check_execution(source:Path, parameters:dict, kernel:str):
-    there = papermill().inspect_notebook(_literal(source))
+    import papermill # takes half a second, which other commands do without
+    there = papermill.inspect_notebook(_literal(source))
     unknown = sorted(set(parameters) - set(there))
     if unknown: raise ValueError(f"{source.name} has no parameters {unknown}; there are {sorted(there)}")
     check_kernel(kernel)
@@ -238,18 +229,19 @@ def execute(
     kernel:str='',   # a Jupyter kernel's name; empty: this very Python
 )->Path: # the executed notebook
     "Execute a template; what it prints, bars included, goes to the terminal as it comes"
-    source, pm = template(name), papermill()
+    import papermill
+    source = template(name)
     _check_execution(source, parameters, kernel)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     part = out/f'{name}.part.ipynb'
     done = out/f'{name}.ipynb'
     try:
-        pm.execute_notebook(
+        papermill.execute_notebook(
             _literal(source), _literal(part), parameters, kernel_name=kernel or None, progress_bar=False, cwd='.',
             stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True, start_timeout=START_TIMEOUT,
             extra_arguments=QUIET_KERNEL)
-    except pm.PapermillExecutionError as e:
+    except papermill.PapermillExecutionError as e:
         error = ValueError if e.ename in ('ValueError', 'TypeError') else NotDone # as in a sweep without a kernel
         raise error(f"the notebook stopped with {e.ename}: {e.evalue}\n        all of it is in {part}") from e
     except RuntimeError as e: # what papermill's own client raises
