@@ -38,10 +38,14 @@ def _sweep_runs(
 
 # %% ../../nbs/97a_commands.sweeps.ipynb #97dcfa4e
 def _planned(plan:Path, seeds:str, out:Path, data:str, given:dict)->dict[Path, RunConfig]:
+    from partal_nb.annotate.project import ProjectFolder
     from partal_nb.runs.plan import planned_runs, read_plan
     from partal_nb.runs.sweep import parse_seeds
     twice = [f'--{name}' for name, value in given.items() if value]
     if twice: raise ValueError(f"{', '.join(twice)}: a plan decides that; leave it out, or write another plan")
+    if data and ProjectFolder(data).exists:
+        raise ValueError(f"--data {data}: a labeling project has settings of its own, and so has a plan; expected a "
+                         f"data set, e.g. what `partal run --data {data}` makes of the labels in {data}/cache")
     runs = planned_runs(read_plan(plan), out, tuple(parse_seeds(seeds)) if seeds else (), data)
     if all(c.data for c in runs.values()): return runs
     raise ValueError(f"{plan} names no data set; give its folder, --data FOLDER")
