@@ -127,13 +127,18 @@ AT_LEAST = dict(
     lr=0, weight_decay=0, poly_power=0,
     step_money=0, open_price=0, label_cap=0, views=0, pool_seed=0)
 
+# %% ../nbs/04_config.ipynb #559cf769
+def _nearest(name:str, known:list[str])->list[str]: # one, or none is near
+    begun = [k for k in known if name and k.startswith(name)]
+    return get_close_matches(name, known, 1) or begun[:1]
+
 # %% ../nbs/04_config.ipynb #76def3c5
 def did_you_mean(
     names:Iterable[str], # that are unknown
     known:Iterable[str],
 )->str: # '' if none is near
     "The end of a message: the known names that are nearest to unknown ones"
-    near = [n for name in names for n in get_close_matches(str(name), list(known), 1)]
+    near = [n for name in map(str, names) for n in _nearest(name, list(known))]
     return f"; did you mean {' and '.join(map(repr, near))}?" if near else ''
 
 # %% ../nbs/04_config.ipynb #3c4788f4

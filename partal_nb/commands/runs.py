@@ -24,11 +24,14 @@ from partal_nb.commands.common import (
     templates, this_command)
 
 # %% ../../nbs/97_commands.runs.ipynb #c00002ad
-def config(preset_name:Preset='demo', changes:Changes=None, as_json:AsJson=False):
+def config(preset_name:Preset='demo', changes:Changes=None, plugins:Imports=None, as_json:AsJson=False):
     "Print a configuration with the reason behind each field."
+    from partal_nb.select.strategy import get_strategy
     with plain_errors():
-        changed = parse_changes(changes, dict(preset='preset'))
-        rows = config_table(preset(preset_name, **changed))
+        load_plugins(plugins or ())
+        wanted = preset(preset_name, **parse_changes(changes, dict(preset='preset')))
+        get_strategy(wanted.strategy)
+        rows = config_table(wanted)
         lines = [f'{name:13} = {json.dumps(value):24} # {reason}' for name, value, reason in rows]
         show({name: value for name, value, _ in rows} if as_json else '\n'.join(lines), as_json)
 
