@@ -152,7 +152,7 @@ def lead_text(
 def _saved_text(plan:StudyPlan, df:pd.DataFrame, arm:str)->str:
     own = [row for row in savings(plan, df).itertuples() if row.arm == arm]
     took = ' and '.join(f'`{row.rival}` {saving_text(row)}' for row in own)
-    return f'; what it reaches with {own[0].at:.0f} {plan_budget(plan).unit} takes {took}' if own else ''
+    return f'; what it reaches with {own[0].at:.0f} {plan_budget(plan).unit} in all takes {took}' if own else ''
 
 # %% ../../nbs/72a_reports.planned.ipynb #e466339a
 def _beside_text(plan:StudyPlan, df:pd.DataFrame, arm:str, better:tuple)->str:
@@ -190,14 +190,19 @@ def standings(
             found.append(study_standing(plan, pool, tidy(read_planned(plan, Path(results)/plan.name, pool))))
     return [s for s in found if s]
 
+# %% ../../nbs/72a_reports.planned.ipynb #acef3889
+def _claim_text(s:Standing)->str:
+    if not s.better: return f'No choice is shown to pay in `{s.where}`.'
+    are = 'are' if len(s.better) > 1 else 'is'
+    how = f'{are} better than `{s.reference}` by the rule of the plan'
+    return f"Choosing pays in `{s.where}`: {', '.join(s.better)} {how}."
+
 # %% ../../nbs/72a_reports.planned.ipynb #c72a0010
 def planned_claim(
     found:list[Standing],
 )->str: # Markdown
     "What the planned studies have shown; before the first has, the one that is furthest"
     done = [s for s in found if s.is_whole]
-    shown = '; '.join(f"{', '.join(s.better) or 'no arm'} in `{s.where}`" for s in done)
-    unknown = 'Not known yet: no planned study has all its seeds.'
-    claim = f'Better by the rule of the plan: {shown}.' if done else unknown
+    claim = ' '.join(map(_claim_text, done)) or 'Not known yet: no planned study has all its seeds.'
     furthest = [max(found, key=lambda s: s.seeds)] if found else []
     return ' '.join([f'**{claim}**', *(s.text for s in done or furthest)])
