@@ -128,7 +128,7 @@ AT_LEAST = dict(
     step_money=0, open_price=0, label_cap=0, views=0, pool_seed=0)
 
 # %% ../nbs/04_config.ipynb #559cf769
-def _nearest(name:str, known:list[str])->list[str]: # one, or none is near
+def _closest(name:str, known:list[str])->list[str]: # one, or none is near
     begun = [k for k in known if name and k.startswith(name)]
     return get_close_matches(name, known, 1) or begun[:1]
 
@@ -138,7 +138,7 @@ def did_you_mean(
     known:Iterable[str],
 )->str: # '' if none is near
     "The end of a message: the known names that are nearest to unknown ones"
-    near = [n for name in map(str, names) for n in _nearest(name, list(known))]
+    near = [n for name in map(str, names) for n in _closest(name, list(known))]
     return f"; did you mean {' and '.join(map(repr, near))}?" if near else ''
 
 # %% ../nbs/04_config.ipynb #3c4788f4
