@@ -81,7 +81,7 @@ def asked(tmp_path_factory):
     place = tmp_path_factory.mktemp('asked')
     p = init(photos(place/'photos'), place/'project', tasks_file(place), val_share=.3, **TINY)
     batch = ask(p.folder, budget=10, progress=False)
-    assert batch.queries[0]['why'].startswith('partal')
+    assert batch.queries[0]['why'].startswith('herd_equal')
     return p
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_monday_a_project_starts_where_labels_are(week):
     normals = week.queries(1, 'normals')
     assert len(normals) >= 5 and all(q['price'] == 0 for q in normals) # none at 3.00
     assert {q['image'] for q in normals} >= set(list(ROOMS)[:5]) # those that have depth
-    assert any(q['why'].startswith('partal') for q in week.queries(1))
+    assert any(q['why'].startswith('herd_equal') for q in week.queries(1))
     assert sum(q['price'] for q in week.queries(1)) <= 60
 
 def test_tuesday_label_studio_brings_a_part(week):
@@ -219,7 +219,8 @@ def test_sunday_the_page(week):
     assert standing.spent.sum() == pytest.approx(week.events().query("kind != 'asked'").cost.sum())
     assert curve['round'].tolist() == [1, 2] and curve.spent.is_monotonic_increasing
     assert len(asked) == len(week.queries(1)) + len(week.queries(2))
-    assert {'labeled', 'corrected', 'out'} <= set(asked.answer) and asked.why.str.startswith('partal: entropy').any()
+    assert {'labeled', 'corrected', 'out'} <= set(asked.answer)
+    assert asked.why.str.startswith('herd_equal, by coverage: entropy').any()
     assert set(scores.batch) == {1, 2} and scores.pairs.min() > 0
     assert not re.search(r'<(script|link|img)[^>]*(src|href)="http', page)
 

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from partal_nb.reports.compare import paired
+from partal_nb.reports.headline import unplanned
 from partal_nb.statistics import interval, seeds_needed, sign_flip
 from partal_nb.reports.page import write_report
 from partal_nb.reports.read import read_study, run_folders
@@ -50,7 +51,7 @@ def test_seeds_needed_have_the_power():
     seen = lambda n: np.mean([interval(d)[0] > 0 for d in rng.normal(.8, 1, (2000, n))])
     assert abs(seen(n) - .8) < .05 and seen(n//3) < .5
 
-@pytest.mark.parametrize('name', [p.name for p in RESULTS.iterdir() if any(p.glob('*/config.json'))])
+@pytest.mark.parametrize('name', [p.name for p in unplanned(RESULTS) if any(p.glob('*/config.json'))])
 def test_committed_journals(name, tmp_path):
     study = read_study(run_folders([RESULTS/name]))
     page = write_report([RESULTS/name], tmp_path/'report.html').read_text('utf-8')

@@ -24,6 +24,7 @@ from ..core import derive_seed, pick_device, set_seed, write_atomic, write_json
 from ..tasks import Pair, Task
 from ..pool import Pool, Scores, scores_from_rows, write_scores
 from ..data.dataset import has_label
+from ..uncertainty.acquisition import FEATURES
 from ..select.strategy import acquisition_of, needs_to_show, reads_losses, strategy_of
 from ..runs.schema import AFTER
 from ..runs.ledger import Ledger
@@ -347,7 +348,8 @@ def _reason(p:Project, pool:Pool, scores:Scores, n:int, k:int)->str: # why image
     injected = [name for name, has in zip(p.names, pool.labeled[n]) if has]
     among = raw[pool.open[:, k]]
     order = int((among > raw[n]).sum()) + 1
-    text = (f"{p.config.strategy}: {project_acquisition(p).shown} {raw[n]:.3g}, "
+    how = ', by coverage' if FEATURES in project_acquisition(p).needs else ''
+    text = (f"{p.config.strategy}{how}: {project_acquisition(p).shown} {raw[n]:.3g}, "
             f"{order} of {len(among)} unlabeled {task}, "
             f"normalized {scores.norm[n, k]:.2f}")
     return f"{text}; injected: {' + '.join(injected)}" if injected and p.config.inject_score else text

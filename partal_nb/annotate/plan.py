@@ -184,8 +184,8 @@ def prices_now(
     return learn_prices(p.prices, {name: paid(name) for name in p.names})
 
 # %% ../../nbs/57_annotate.plan.ipynb #5f1669a1
-DEFAULTS = dict(preset='project', height=144, width=192, features=48, lr=1e-3, train_by='presentations', train_for=600,
-                augment='flip') # of a project's configuration
+DEFAULTS = dict(preset='project', strategy='herd_equal', height=144, width=192, features=48, lr=1e-3,
+                train_by='presentations', train_for=600, augment='flip') # of a project's configuration
 ONLY_RUNS = ('start_images labels_from step_pairs rounds step_money per_price prices open_price label_cap price_unit '
              'pool_images test_images val_images score_images first_train_for views rare pool_seed extra_metrics '
              'also').split()

@@ -217,13 +217,26 @@ def _states_of(mine:list, cooldown:int)->dict: # of one task
     resting = [s for s in mine if s.kind == 'rejected' and s.waited < cooldown]
     return dict(out=sum(s.kind == 'asked' for s in mine), resting=len(resting))
 
+# %% ../../nbs/89_annotate.status.ipynb #d690f8ad
+def _without_features(p:Project)->Project: # where images lie is not kept: they are drawn, in the strategy's shares
+    strategy = strategy_of(p.config)
+    if FEATURES not in need_names(strategy.needs): return p
+    drawn = dict(pick='random', score='') if strategy.choices else dict(strategy='random_pairs')
+    return replace(p, config=replace(p.config, **drawn))
+
 # %% ../../nbs/89_annotate.status.ipynb #503bfe43
 def _last_scores(p:Project, pool:Pool)->tuple: # the pool that was scored, Scores or None, their round
     scored = [r for r in p.files.trained() if p.files.scores_file(r).exists()]
-    if not scored or FEATURES in need_names(strategy_of(p.config).needs): return pool, None, 0
+    if not scored: return pool, None, 0
     scores = scores_from_rows(p.files.read_scores(scored[-1]), pool) # images may have been added since
     there = pool.labeled | pool.available & ~np.isnan(scores.norm)
     return replace(pool, available=there), scores, scored[-1]
+
+# %% ../../nbs/89_annotate.status.ipynb #09b9b14b
+def _how(p:Project, r:int)->str: # a forecast is made; 0: nothing was scored
+    if not r: return 'drawn at random, for nothing was scored yet'
+    by_features = _without_features(p) is not p
+    return f'divided as by {p.config.strategy}, on images at random' if by_features else f'by the scores of round {r}'
 
 # %% ../../nbs/89_annotate.status.ipynb #c0000213
 def _forecast(p:Project, pool:Pool, prices:Prices, money:float, wanted:float)->str:
@@ -231,15 +244,14 @@ def _forecast(p:Project, pool:Pool, prices:Prices, money:float, wanted:float)->s
     pool, scores, r = _last_scores(p, pool)
     money = min(money, least_total(pool, prices)) if pool.open.any() else money
     rng = np.random.default_rng(0)
-    try: picks = pick(p, pool, prices, dict(money=money), rng, scores)
+    try: picks = pick(_without_features(p), pool, prices, dict(money=money), rng, scores)
     except ValueError as e: return str(e)
     n = np.bincount(picks.index[:, 1], minlength=len(p.tasks))
     bought = ', '.join(f'{v} {name}' for v, name in zip(n, p.names) if v)
     cost = amount(price_of(picks, pool, prices).sum())
     less = f' of {amount(wanted)}, for no more is unlabeled,'*(wanted > money)
     total = '' if cost == amount(money) else f' for {cost}'
-    how = f'by the scores of round {r}' if scores else 'drawn at random, for nothing was scored yet'
-    return f"{amount(money)} {p.prices.unit}{less} buy {bought}{total}, {how}"
+    return f"{amount(money)} {p.prices.unit}{less} buy {bought}{total}, {_how(p, r)}"
 
 # %% ../../nbs/89_annotate.status.ipynb #4d8a60fb
 def _as_text(p:Project, points:pd.DataFrame)->str:

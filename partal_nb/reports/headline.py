@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTROL', 'ORACLES', 'HEADLINE_COLUMNS', 'ALL', 'SAME', 'SAME_LENGTH', 'LEAST_SEEDS', 'HEADLINE_MARKS', 'HEAD',
            'MEANING', 'UNPLANNED', 'PLANNED', 'change_in_percent', 'run_folders_of', 'beside', 'starts_alike',
-           'study_changes', 'changes', 'judged', 'by_strategy', 'chosen', 'headline_row', 'headline_claim', 'headline',
-           'with_headline', 'update_headline']
+           'study_changes', 'unplanned', 'changes', 'judged', 'by_strategy', 'chosen', 'headline_row', 'headline_claim',
+           'headline', 'with_headline', 'update_headline']
 
 # %% ../../nbs/73a_reports.headline.ipynb #3ff65f6b
 from pathlib import Path
@@ -95,13 +95,21 @@ def study_changes(
         rows += [(folder.name, r.data['name'], r.strategy, r.seed, task, v) for task, v in each.items()]
     return rows
 
+# %% ../../nbs/73a_reports.headline.ipynb #f602b27e
+def unplanned(
+    results:Path, # folder with a folder for each study; plans of studies lie beside it, in `plans`
+)->list[Path]: # in the order of their names
+    "The folders of studies without a plan: the arms of a plan may differ in anything, and have their own reference"
+    plans = {p.stem for p in (results.parent/'plans').glob('*.toml')}
+    return sorted(p for p in results.iterdir() if p.is_dir() and p.name not in plans)
+
 # %% ../../nbs/73a_reports.headline.ipynb #0b9d43cf
 def changes(
     results, # folder with a folder for each study
 )->pd.DataFrame: # with `HEADLINE_COLUMNS`
-    "All finished runs that have a control, a row for each run and task"
+    "All finished runs without a plan that have a control, a row for each run and task"
     rows = []
-    for study in sorted(p for p in Path(results).iterdir() if p.is_dir()):
+    for study in unplanned(Path(results)):
         if run_folders_of(study): rows += study_changes(study)
     if not rows: raise ValueError(f"{results}: expected a study with runs of {CONTROL!r}, found none")
     return pd.DataFrame(rows, columns=HEADLINE_COLUMNS)
