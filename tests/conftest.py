@@ -11,7 +11,8 @@ import pytest
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: needs a program that takes long to install or to start')
     config.addinivalue_line('markers', 'gpu: needs a GPU; skipped where PyTorch sees none')
-    config.addinivalue_line('markers', 'long: repeats for minutes what a shorter test shows; PARTAL_LONG=1 runs it')
+    what = 'repeats for minutes what a shorter test shows, or waits; PARTAL_LONG=1 runs it'
+    config.addinivalue_line('markers', f'long: {what}')
 
 # What takes minutes, the longest first: a file is one worker's, and the last one should not keep the others waiting
 FIRST = ['explore', 'docs', 'executors', 'sweep', 'run', 'runs', 'cli', 'ask', 'first_week', 'types', 'strategies']

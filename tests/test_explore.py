@@ -715,6 +715,7 @@ def is_kernel(process):
     try: return 'ipykernel_launcher' in ' '.join(process.cmdline())
     except psutil.NoSuchProcess: return False # it ended just now, also as a zombie
 
+@pytest.mark.long
 def test_the_kernels_of_closed_tabs_end(page, opened, tmp_path):
     "Those of open tabs, and the one that waits for the next tab, stay"
     with app('entropy', opened.folder.path, page, tmp_path) as url:
